@@ -1,0 +1,146 @@
+"""The interface of a technique: plan, apply, attach, act on each step, prove it, keep state.
+
+Shared by the techniques and by the engine, so it imports neither.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from ds_efficient.config.base import Section
+
+if TYPE_CHECKING:
+    import torch
+
+    from ds_efficient.core.inventory import Inventory
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What holds for the whole run.
+
+    Attributes:
+        seed: run seed; every random draw is keyed by it (`ds_efficient.core.keys`).
+        total_steps: optimizer steps of the run, or None where it is not known.
+        data_parallel_rank, data_parallel_size: place in the data-parallel group.
+        tensor_parallel_rank, tensor_parallel_size: place in the tensor-parallel group.
+        pipeline_parallel_rank, pipeline_parallel_size: place in the pipeline.
+        zero_stage: DeepSpeed's ``zero_optimization.stage``.
+    """
+
+    seed: int = 1234
+    total_steps: int | None = None
+    data_parallel_rank: int = 0
+    data_parallel_size: int = 1
+    tensor_parallel_rank: int = 0
+    tensor_parallel_size: int = 1
+    pipeline_parallel_rank: int = 0
+    pipeline_parallel_size: int = 1
+    zero_stage: int = 0
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a technique sees after one optimizer step.
+
+    Attributes:
+        step: optimizer steps done, this one included.
+        applied: False when the optimizer skipped the step (fp16 overflow).
+        loss: loss of the step where it is known, averaged over data-parallel ranks.
+    """
+
+    step: int
+    applied: bool = True
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a technique does with one module.
+
+    Attributes:
+        module: dotted module name in the model.
+        action: what is done, in a few words (``"sparse 2:4"``), or ``"skip"``.
+        reason: for ``"skip"``: why.
+        parameters: parameters the module has afterwards, or None when unchanged.
+        saved_activation_fraction: share of the module's saved input that is no longer kept, 0 to 1.
+        options: plain values that `Technique.apply` needs.
+    """
+
+    module: str
+    action: str
+    reason: str = ""
+    parameters: int | None = None
+    saved_activation_fraction: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the technique leaves the module alone."""
+        return self.action == "skip"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Proof that a technique acted.
+
+    Attributes:
+        acted: whether it did what it is for, so far.
+        summary: one line for the log and the report.
+        counts: the numbers behind it.
+        due: False while nothing is to be expected yet (a technique that starts at a later step).
+    """
+
+    acted: bool
+    summary: str
+    counts: Mapping[str, float] = field(default_factory=dict)
+    due: bool = True
+
+
+class Technique(ABC, Generic[SectionT]):
+    """One technique of one run.
+
+    The order of calls: `plan` (also without a model on any device), `apply` before the engine exists,
+    `attach` once it does, then for each optimizer step `before_step`, the optimizer, `on_step`.
+    """
+
+    name: ClassVar[str]
+    state_version: ClassVar[int] = 1
+
+    def __init__(self, config: SectionT, context: RunContext) -> None:
+        self.config = config
+        self.context = context
+
+    @abstractmethod
+    def plan(self, inventory: Inventory) -> Sequence[Action]:
+        """Say what happens to each module the section could mean, skipped ones with the reason."""
+
+    @abstractmethod
+    def apply(self, model: torch.nn.Module, actions: Sequence[Action]) -> None:
+        """Change the model accordingly, in place, before the engine is built."""
+
+    def attach(self, engine: Any) -> None:
+        """Connect to the DeepSpeed engine (only through `ds_efficient.core.deepspeed_compat`)."""
+
+    def before_step(self, context: StepContext) -> None:
+        """Act on the reduced gradients at the accumulation boundary, before the optimizer."""
+
+    @abstractmethod
+    def on_step(self, context: StepContext) -> Mapping[str, float]:
+        """Act after an optimizer step; return the step's metrics (plain numbers)."""
+
+    @abstractmethod
+    def evidence(self) -> Evidence:
+        """Prove that the technique acted."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for the checkpoint: tensors and plain values only."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s result, possibly at another data-parallel size."""
