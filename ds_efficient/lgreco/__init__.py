@@ -1,1 +1,1 @@
-"""lgreco"""
+"""L-GreCo: layer-wise adaptive gradient compression."""

@@ -1,1 +1,1 @@
-"""mkor"""
+"""MKOR: second-order preconditioning with rank-1 updates of the inverse factors."""

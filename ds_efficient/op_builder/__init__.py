@@ -1,1 +1,1 @@
-"""op_builder"""
+"""Build and load the native ops: table of ops, compilers, locks, builders with DeepSpeed's interface."""

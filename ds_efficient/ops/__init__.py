@@ -1,1 +1,1 @@
-"""ops"""
+"""Python face and plain-torch reference of every native op."""

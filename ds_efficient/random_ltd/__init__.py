@@ -1,1 +1,1 @@
-"""random_ltd"""
+"""random-LTD: random token dropping with a learning rate by layer tokens."""

@@ -1,1 +1,1 @@
-"""rmm"""
+"""RMM: weight gradients from a random sketch of the layer input."""

@@ -1,0 +1,241 @@
+"""Named states in DeepSpeed's checkpoints, and checkpoints that are whole or refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_efficient.core import deepspeed_compat as compat
+from ds_efficient.core import state as files
+from ds_efficient.core.technique import RunContext
+from ds_efficient.errors import CheckpointError
+from ds_efficient.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    get: Callable[[], Mapping[str, Any]]
+    set: Callable[[Mapping[str, Any]], None]
+    version: int
+    each_rank: bool
+
+
+class CheckpointStore:
+    """Saves and restores registered states with the engine's checkpoints.
+
+    Wraps ``engine.save_checkpoint`` and ``engine.load_checkpoint``; both stay collective and keep their
+    arguments and results. ``latest`` is written last, atomically, after everything else is on disk.
+    """
+
+    def __init__(self, engine: Any, context: RunContext) -> None:
+        self._engine = engine
+        self._context = context
+        self._entries: dict[str, _Entry] = {}
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.layout = files.Layout(
+            world_size=world,
+            data_parallel_size=context.data_parallel_size,
+            tensor_parallel_size=context.tensor_parallel_size,
+            pipeline_parallel_size=context.pipeline_parallel_size,
+            zero_stage=compat.zero_stage(engine),
+        )
+        compat.override(engine, "save_checkpoint", self._saving)
+        compat.override(engine, "load_checkpoint", self._loading)
+
+    def register(
+        self,
+        name: str,
+        get: Callable[[], Mapping[str, Any]],
+        set: Callable[[Mapping[str, Any]], None],
+        version: int = 1,
+        *,
+        each_rank: bool = False,
+    ) -> None:
+        """Save `get()` with every checkpoint under `name`, and hand it to `set` on load.
+
+        Args:
+            name: unique.
+            get: returns tensors and plain values.
+            set: restores them.
+            version: of the state's form; a newer one in a checkpoint is refused.
+            each_rank: the state differs on each rank, and is restored only on the same layout.
+        """
+        if name in self._entries:
+            raise ValueError(f"state {name!r} is registered twice")
+        self._entries[name] = _Entry(get, set, version, each_rank)
+
+    def _shared_file(self) -> str:
+        context = self._context
+        rank = context.pipeline_parallel_rank * context.tensor_parallel_size + context.tensor_parallel_rank
+        return f"ds_efficient_mp_{rank:02d}.pt"
+
+    @staticmethod
+    def _rank_file() -> str:
+        return f"ds_efficient_rank_{dist.get_rank() if dist.is_initialized() else 0:05d}.pt"
+
+    def _payload(self, *, each_rank: bool) -> dict[str, Any]:
+        return {
+            "package": __version__,
+            "states": {
+                name: {"version": entry.version, "state": dict(entry.get())}
+                for name, entry in self._entries.items()
+                if entry.each_rank == each_rank
+            },
+        }
+
+    def _saving(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def save_checkpoint(
+            save_dir: str,
+            tag: str | None = None,
+            client_state: Mapping[str, Any] | None = None,
+            save_latest: bool = True,
+            exclude_frozen_parameters: bool = False,
+        ) -> Any:
+            tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"
+            folder = Path(save_dir) / tag
+            _on_every_rank(lambda: self._write_states(folder), f"--save {save_dir}")
+            result = original(
+                save_dir,
+                tag,
+                client_state=dict(client_state or {}),
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen_parameters,
+            )
+            _barrier()
+            _on_first_rank(lambda: self._finish(Path(save_dir), folder, save_latest), f"--save {save_dir}")
+            return result
+
+        return save_checkpoint
+
+    def _write_states(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._context.data_parallel_rank == 0:
+            files.save_tensors(folder / self._shared_file(), self._payload(each_rank=False))
+        if any(entry.each_rank for entry in self._entries.values()):
+            files.save_tensors(folder / self._rank_file(), self._payload(each_rank=True))
+
+    def _finish(self, save_dir: Path, folder: Path, save_latest: bool) -> None:
+        files.write_manifest(folder, self.layout, {"package": __version__})
+        if save_latest:
+            files.write_atomic(save_dir / files.LATEST, lambda target: target.write_text(folder.name))
+
+    def _loading(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+            manifest: dict[str, Any] | None = None
+            universal = bool(self._engine.load_universal_checkpoint())
+            if not universal:
+                chosen = str(tag) if tag is not None else files.latest_tag(Path(load_dir))
+                if chosen is None:
+                    return original(load_dir, tag, *args, **kwargs)
+                tag = chosen
+                manifest = self._check(
+                    Path(load_dir) / chosen, weights_only=kwargs.get("load_module_only", False)
+                )
+            try:
+                result = original(load_dir, tag, *args, **kwargs)
+            except (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSError) as error:
+                raise CheckpointError(
+                    f"{load_dir}/{tag}: DeepSpeed cannot load it into this model: {_shortened(error)}"
+                ) from error
+            if manifest is not None and not kwargs.get("load_module_only", False):
+                self._restore(Path(load_dir) / str(tag), manifest)
+            return result
+
+        return load_checkpoint
+
+    def _check(self, folder: Path, *, weights_only: bool) -> dict[str, Any] | None:
+        """Compare layout and files before anything is read into the model."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such checkpoint")
+        manifest = files.read_manifest(folder)
+        if manifest is None:
+            logger.warning(
+                "%s: has no %s: made without ds_efficient, or its save was interrupted",
+                folder,
+                files.MANIFEST,
+            )
+            return None
+        _on_first_rank(lambda: files.check_files(folder, manifest), str(folder))
+        problems = [] if weights_only else self.layout.problems(manifest.get("layout", {}), universal=False)
+        if problems:
+            raise CheckpointError(
+                f"{folder}: the checkpoint does not fit this run:\n  " + "\n  ".join(problems) + "\n  "
+                "Start on the layout it was saved with, or convert it (docs: checkpoints)."
+            )
+        return manifest
+
+    def _restore(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        shared = files.load_tensors(folder / self._shared_file())
+        self._hand_over(shared["states"], each_rank=False, where=folder / self._shared_file())
+        if not any(entry.each_rank for entry in self._entries.values()):
+            return
+        same = manifest["layout"].get("world_size") == self.layout.world_size
+        if same:
+            own = files.load_tensors(folder / self._rank_file())
+            self._hand_over(own["states"], each_rank=True, where=folder / self._rank_file())
+        else:
+            logger.warning(
+                "%s: saved on %s ranks, this run has %s; states that differ on each rank start anew",
+                folder,
+                manifest["layout"].get("world_size"),
+                self.layout.world_size,
+            )
+
+    def _hand_over(self, states: Mapping[str, Any], *, each_rank: bool, where: Path) -> None:
+        expected = {name for name, entry in self._entries.items() if entry.each_rank == each_rank}
+        missing, unused = sorted(expected - set(states)), sorted(set(states) - expected)
+        if missing:
+            raise CheckpointError(
+                f"{where}: has no state of {', '.join(missing)}; the run that saved it had it disabled. "
+                "Disable the section, or start from the weights only (--finetune)"
+            )
+        if unused:
+            logger.warning("%s: holds the state of %s, which this run does not use", where, ", ".join(unused))
+        for name in sorted(expected):
+            entry, saved = self._entries[name], states[name]
+            if saved["version"] > entry.version:
+                raise CheckpointError(
+                    f"{where}: the state of {name} has version {saved['version']}, this package reads up to "
+                    f"{entry.version}; install a newer ds_efficient"
+                )
+            entry.set(saved["state"])
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _shortened(error: BaseException) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return " ".join(lines[:3])[:400]
+
+
+def _on_first_rank(action: Callable[[], None], what: str) -> None:
+    _on_every_rank(action if not dist.is_initialized() or dist.get_rank() == 0 else (lambda: None), what)
+
+
+def _on_every_rank(action: Callable[[], None], what: str) -> None:
+    """Run `action`; where it fails on some rank, raise on all of them, so that nobody waits for ever."""
+    message = ""
+    try:
+        action()
+    except (CheckpointError, OSError) as error:
+        message = str(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        failed = torch.tensor([int(bool(message))], dtype=torch.int32)
+        if dist.get_backend() == "nccl":
+            failed = failed.cuda()
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if int(failed) and not message:
+            message = f"{what}: failed on another rank; see its message"
+    if message:
+        raise CheckpointError(message)

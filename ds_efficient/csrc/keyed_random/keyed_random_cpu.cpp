@@ -1,0 +1,174 @@
+// Keyed random numbers on the CPU; C ABI, no torch headers. See csrc/common/keyed_random.h for the streams.
+// Built with -fno-math-errno -fno-trapping-math, which let the loops vectorise and change no result.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "keyed_random.h"
+
+namespace {
+
+using namespace ds_efficient::keyed;
+
+constexpr int kLanes = 16;               // blocks computed side by side
+constexpr int kChunk = 4 * kLanes;       // words of these
+constexpr int64_t kPerThread = 1 << 16;  // fewer elements than this are not worth a thread
+
+enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// Words 4 * first .. 4 * first + kChunk - 1.
+void chunk_words(uint64_t key, uint64_t first, uint32_t* out) {
+  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t block = first + static_cast<uint64_t>(i);
+    c0[i] = static_cast<uint32_t>(block);
+    c1[i] = static_cast<uint32_t>(block >> 32);
+    c2[i] = 0;
+    c3[i] = kDomainElements;
+  }
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t a = static_cast<uint64_t>(kMultiplier0) * c0[i];
+      const uint64_t b = static_cast<uint64_t>(kMultiplier1) * c2[i];
+      c0[i] = static_cast<uint32_t>(b >> 32) ^ c1[i] ^ k0;
+      c2[i] = static_cast<uint32_t>(a >> 32) ^ c3[i] ^ k1;
+      c1[i] = static_cast<uint32_t>(b);
+      c3[i] = static_cast<uint32_t>(a);
+    }
+    k0 += kWeyl0;
+    k1 += kWeyl1;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    out[4 * i] = c0[i];
+    out[4 * i + 1] = c1[i];
+    out[4 * i + 2] = c2[i];
+    out[4 * i + 3] = c3[i];
+  }
+}
+
+// out[i] = convert(word offset + i) for i in [0, n).
+template <typename T, typename Convert>
+void fill_range(uint64_t key, uint64_t offset, int64_t n, T* out, Convert convert) {
+  uint32_t word[kChunk];
+  T value[kChunk];
+  int64_t skip = static_cast<int64_t>(offset % 4), done = 0;
+  for (uint64_t block = offset / 4; done < n; block += kLanes) {
+    chunk_words(key, block, word);
+    for (int i = 0; i < kChunk; ++i) value[i] = convert(word[i]);
+    const int64_t count = std::min<int64_t>(kChunk - skip, n - done);
+    std::memcpy(out + done, value + skip, static_cast<size_t>(count) * sizeof(T));
+    done += count;
+    skip = 0;
+  }
+}
+
+// Run work(first, count) over [0, n) on up to `threads` threads; where the system grants no more threads, here.
+template <typename Work>
+void parallel(int64_t n, int64_t grain, int threads, Work work) {
+  const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(1, grain)));
+  const int64_t share = (n + wanted - 1) / wanted;
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < wanted; ++i) {
+    const int64_t first = std::min(n, i * share), count = std::min(share, n - first);
+    try {
+      others.emplace_back([=] { work(first, count); });
+    } catch (const std::system_error&) {
+      work(first, count);
+    }
+  }
+  work(0, std::min(share, n));
+  for (auto& other : others) other.join();
+}
+
+template <typename T, typename Convert>
+void fill(uint64_t key, uint64_t offset, int64_t n, void* out, int threads, Convert convert) {
+  T* const target = static_cast<T*>(out);
+  parallel(n, kPerThread, threads, [=](int64_t first, int64_t count) {
+    fill_range(key, offset + static_cast<uint64_t>(first), count, target + first, convert);
+  });
+}
+
+// The indices of the k smallest rank words of one row, ascending; equal words in index order.
+void choose_row(uint64_t key, uint64_t row, int64_t n, int64_t k, int64_t* out, std::vector<uint64_t>& rank,
+                std::vector<uint64_t>& scratch) {
+  for (int64_t j = 0; j < n; j += 2) {
+    const Block block = rank_words(key, row, static_cast<uint32_t>(j / 2));
+    rank[j] = rank_word(block, 0);
+    if (j + 1 < n) rank[j + 1] = rank_word(block, 1);
+  }
+  scratch = rank;
+  std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end());
+  const uint64_t threshold = scratch[k - 1];
+  int64_t below = 0;
+  for (int64_t j = 0; j < n; ++j) below += rank[j] < threshold;
+  int64_t ties = k - below, found = 0;
+  for (int64_t j = 0; j < n && found < k; ++j) {
+    if (rank[j] < threshold || (rank[j] == threshold && ties-- > 0)) out[found++] = j;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int ds_efficient_keyed_random_version() { return DS_EFFICIENT_KEYED_RANDOM_VERSION; }
+
+// Each returns 0, 1 for an unknown dtype, or 2 when memory runs out. `out` holds n elements; `offset` is the index of the first one.
+int ds_efficient_keyed_bits(uint64_t key, uint64_t offset, int64_t n, void* out, int threads) {
+  fill<uint32_t>(key, offset, n, out, threads, [](uint32_t w) { return w; });
+  return 0;
+}
+
+int ds_efficient_keyed_uniform(uint64_t key, uint64_t offset, int64_t n, void* out, int dtype, int threads) {
+  if (dtype == kFloat32) {
+    fill<float>(key, offset, n, out, threads, [](uint32_t w) { return uniform_from_word(w); });
+  } else if (dtype == kBfloat16) {
+    fill<uint16_t>(key, offset, n, out, threads,
+                   [](uint32_t w) { return below_one(bfloat16_bits(uniform_from_word(w)), kOneBfloat16); });
+  } else if (dtype == kFloat16) {
+    fill<uint16_t>(key, offset, n, out, threads,
+                   [](uint32_t w) { return below_one(float16_bits(uniform_from_word(w)), kOneFloat16); });
+  } else {
+    return 1;
+  }
+  return 0;
+}
+
+int ds_efficient_keyed_normal(uint64_t key, uint64_t offset, int64_t n, void* out, int dtype, int threads) {
+  if (dtype == kFloat32) {
+    fill<float>(key, offset, n, out, threads, [](uint32_t w) { return normal_from_word(w); });
+  } else if (dtype == kBfloat16) {
+    fill<uint16_t>(key, offset, n, out, threads, [](uint32_t w) { return bfloat16_bits(normal_from_word(w)); });
+  } else if (dtype == kFloat16) {
+    fill<uint16_t>(key, offset, n, out, threads, [](uint32_t w) { return float16_bits(normal_from_word(w)); });
+  } else {
+    return 1;
+  }
+  return 0;
+}
+
+// out (batch, k): row r holds the choice of k of n that belongs to row number first_row + r.
+int ds_efficient_keyed_choice(uint64_t key, uint64_t first_row, int64_t batch, int64_t n, int64_t k, int64_t* out,
+                              int threads) {
+  if (k == 0) return 0;
+  std::atomic<int> status{0};
+  parallel(batch, std::max<int64_t>(1, kPerThread / 4 / n), threads, [=, &status](int64_t first, int64_t count) {
+    try {
+      std::vector<uint64_t> rank(static_cast<size_t>(n)), scratch;
+      for (int64_t r = first; r < first + count; ++r) {
+        choose_row(key, first_row + static_cast<uint64_t>(r), n, k, out + r * k, rank, scratch);
+      }
+    } catch (const std::bad_alloc&) {
+      status = 2;
+    }
+  });
+  return status;
+}
+
+}  // extern "C"

@@ -1,0 +1,95 @@
+"""Section ``mkor``: second-order preconditioning with rank-1 updates (arXiv 2306.01685)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ds_efficient.config.base import Section, TechniqueSection, rule
+from ds_efficient.config.fields import Count, Fraction, Names, Natural
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+class StabilizerConfig(Section):
+    """Draws an inverse factor towards the identity when its entries grow too large."""
+
+    threshold: Annotated[float, Field(gt=0)] = 10.0
+    """Largest absolute entry of an inverse factor that is left alone."""
+
+    zeta: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Weight of the factor in the blend; the identity has 1 - zeta."""
+
+
+@rule("min_steps", "ema", warning=True)
+def average_is_filled_before_the_switch(hybrid: HybridConfig) -> str | None:
+    """min_steps is not smaller than ema: the average covers steps that have passed."""
+    if hybrid.enabled and hybrid.min_steps < hybrid.ema:
+        return (
+            f"{hybrid.min_steps} is shorter than the average over ema = {hybrid.ema} steps that decides "
+            f"the switch; use at least {hybrid.ema}"
+        )
+    return None
+
+
+class HybridConfig(Section):
+    """MKOR-H: go on with the first-order optimizer alone once the second order no longer pays."""
+
+    rules = (average_is_filled_before_the_switch,)
+
+    enabled: bool = False
+    """Switch the hybrid form on."""
+
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Switch, once and for good, when the loss falls slower than beta times its average rate so far."""
+
+    ema: Count = 100
+    """Steps that the moving average of the loss decrease covers."""
+
+    min_steps: Natural = 200
+    """Fewest steps before the switch."""
+
+
+@rule("gamma", warning=True)
+def factors_change(mkor: MkorConfig) -> str | None:
+    """gamma is smaller than 1: else new statistics have no weight."""
+    if mkor.enabled and mkor.gamma == 1:
+        return "1 gives new statistics no weight, so the factors stay the identity; use for example 0.95"
+    return None
+
+
+class MkorConfig(TechniqueSection):
+    """MKOR: gradients of linear layers are multiplied by inverse Kronecker factors under rank-1 updates."""
+
+    rules = (factors_change,)
+
+    gamma: Fraction = 0.95
+    """Weight of the old statistics at each update of the factors."""
+
+    inversion_interval: Count = 10
+    """Steps between two updates of the inverse factors."""
+
+    stabilizer: StabilizerConfig = StabilizerConfig()
+    """Bound on the growth of the inverse factors."""
+
+    sides: Literal["both", "left", "right"] = "both"
+    """Factors to use: of the output gradients (left), of the inputs (right), or both."""
+
+    form: Literal["dense", "factored"] = "dense"
+    """How an inverse factor is stored: as a matrix, or as identity plus low rank, which takes less memory."""
+
+    max_rank: Count = 128
+    """Largest rank of the factored form."""
+
+    state_dtype: Dtype = "fp32"
+    """Type in which the inverse factors are stored; half types can lose positive definiteness."""
+
+    comm_dtype: Dtype = "fp32"
+    """Type in which the rank-1 vectors are exchanged between ranks."""
+
+    exclude: Names = ("output_layer", "embedding")
+    """Layers to leave to the first-order optimizer: ends of their dotted module names."""
+
+    hybrid: HybridConfig = HybridConfig()
+    """Fall back to the first-order optimizer when progress slows."""

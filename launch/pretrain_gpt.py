@@ -1,0 +1,144 @@
+"""Pretrain a GPT with DeepSpeed and megatron-core.
+
+    deepspeed --num_gpus 2 launch/pretrain_gpt.py --deepspeed_config ds_configs/zero1_bf16.json \
+        --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 2048 \
+        --micro-batch-size 8 --train-iters 1000 --lr 3e-4 --data-path data/corpus_text_document --save runs/a
+
+Also starts under torchrun and srun. Reads from top to bottom: arguments, configuration, process groups,
+model, engine, data, checkpoint, training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # run from a clone that is not installed
+
+from pretraining.arguments import IGNORED_FLAGS, parse_args
+
+from ds_efficient.errors import USER_ERROR_EXIT, UserError
+
+logger = logging.getLogger("pretrain_gpt")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; return the exit status."""
+    args = parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    _set_up_logging(args.log_level, rank)
+    for flag, reason in IGNORED_FLAGS.items():
+        if getattr(args, flag[2:].replace("-", "_")):
+            logger.info("%s has no effect here: %s", flag, reason)
+
+    # Configuration: everything that can be refused is refused before anything is allocated.
+    from pretraining import setup
+    from pretraining.settings import reconcile
+
+    from ds_efficient import load_config
+    from ds_efficient.core.deepspeed_compat import require_version
+
+    efficiency = load_config(args.deepspeed_config)
+    require_version()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = reconcile(args, efficiency.deepspeed, world_size)
+    efficiency = load_config(dict(settings.deepspeed))
+    setup.check_environment(args, efficiency)
+    setup.check_layout(args, settings, world_size)
+    tokenizer = setup.build_tokenizer_from(args)
+
+    # Process groups and random streams.
+    setup.start_processes(args)
+    parallel = setup.start_model_parallel(args)
+    log = setup.open_run_log(args) if rank == 0 else None
+
+    # Model and engine.
+    from pretraining.model import build_model, parameter_groups
+    from pretraining.schedule import LRScheduler, schedule_from
+
+    import ds_efficient
+    from ds_efficient.core.shape import padded_vocab_size
+    from megatron_patches import MegatronMpu
+
+    vocab_size = padded_vocab_size(
+        tokenizer.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    )
+    model = build_model(args, settings, vocab_size, efficiency)
+    optimizer_params = settings.deepspeed["optimizer"]["params"]
+    schedule = (
+        schedule_from(args, optimizer_params["lr"], settings.train_iters) if settings.own_schedule else None
+    )
+    engine, _, _, _ = ds_efficient.initialize(
+        model=model,
+        model_parameters=lambda changed: parameter_groups(changed, optimizer_params["weight_decay"]),
+        config=efficiency,
+        mpu=MegatronMpu(),
+        lr_scheduler=None if schedule is None else lambda optimizer: LRScheduler(optimizer, schedule),
+        total_steps=settings.train_iters,
+    )
+
+    # Data, progress, checkpoint. The random streams are restored last, after everything that might draw.
+    from pretraining import checkpoints
+
+    data = setup.Data(args, settings, tokenizer, parallel)
+    progress = checkpoints.Progress(requested_samples=settings.train_iters * settings.global_batch_size)
+    checkpoints.register_states(engine, progress)
+    resumed = checkpoints.load(engine, args, progress)
+    setup.announce(args, settings, engine, vocab_size, progress, log, resumed)
+
+    # Training.
+    trainer = setup.build_trainer(args, settings, engine, data, progress, parallel, log, vocab_size)
+    if args.skip_train:
+        for split in data.eval_splits:
+            trainer.evaluate(split)
+    elif progress.step >= settings.train_iters:
+        logger.info("nothing to do: the checkpoint is at step %d of %d", progress.step, settings.train_iters)
+    else:
+        trainer.run()
+        if "test" in data.eval_splits and args.eval_iters > 0 and progress.step >= settings.train_iters:
+            trainer.evaluate("test")
+    return 0
+
+
+def _set_up_logging(level: str, rank: int) -> None:
+    """Log to standard output, on rank 0 only; the other ranks keep warnings."""
+    logging.basicConfig(
+        stream=sys.stdout,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING,
+        force=True,
+    )
+    chosen = getattr(logging, level.upper()) if rank == 0 else logging.ERROR
+    # megatron-core's and DeepSpeed's notes on absent packages: this project needs none of them.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|deepspeed)\.")
+    for name in ("pretrain_gpt", "pretraining", "ds_efficient", "megatron_patches"):
+        logging.getLogger(name).setLevel(chosen)
+
+
+def _shut_down() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(argv: Sequence[str] | None = None) -> Any:
+    """Run `main`; users' mistakes become one message and exit status 2."""
+    try:
+        status = main(argv)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"pretrain_gpt.py: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT
+    _shut_down()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run())

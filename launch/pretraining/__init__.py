@@ -1,0 +1,1 @@
+"""Parts of ``launch/pretrain_gpt.py``: arguments, model, data, loop, checkpoints."""

@@ -1,0 +1,207 @@
+"""The loop: steps, log lines, evaluations, checkpoints, stopping."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ds_efficient.report.runlog import RunLog
+
+from ds_efficient.core import deepspeed_compat as compat
+from ds_efficient.errors import UserError
+from pretraining import checkpoints
+from pretraining.settings import Settings
+from pretraining.steps import Batch, average_over_data_parallel
+from pretraining.stop import StopSignal
+from pretraining.throughput import Meter, duration, peak_memory, quantity
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trainer:
+    """One run.
+
+    Attributes:
+        args: command line.
+        settings: reconciled settings.
+        engine: DeepSpeed engine.
+        runner: `PlainRunner` or `PipelinedRunner`.
+        progress: where the run stands.
+        log: run.jsonl on rank 0, None elsewhere or without ``--run-dir``.
+        meter: speed of training steps.
+        stop: when to end early.
+        train_batches: endless batches of this rank.
+        eval_batches: for each split a function that starts its batches anew; empty without data for it.
+        data_parallel_group: for averages.
+        recompute_factor: executed over model FLOPs.
+    """
+
+    args: argparse.Namespace
+    settings: Settings
+    engine: Any
+    runner: Any
+    progress: checkpoints.Progress
+    log: RunLog | None
+    meter: Meter
+    stop: StopSignal
+    train_batches: Iterator[Batch]
+    eval_batches: dict[str, Callable[[], Iterator[Batch]]]
+    data_parallel_group: Any
+    recompute_factor: float = 1.0
+
+    def run(self) -> str:
+        """Train to the end or an early stop; return the reason."""
+        args, progress = self.args, self.progress
+        reason = f"--train-iters {self.settings.train_iters} reached"
+        saved_at = progress.step
+        if progress.step == 0:
+            self._evaluate_due(first=True)
+        self.engine.train()
+        self.meter.start()
+        began, before = time.perf_counter(), progress.seconds
+        losses: list[torch.Tensor] = []
+        while progress.step < self.settings.train_iters:
+            rate = self.engine.get_lr()[0]  # of this step: the scheduler moves on inside it
+            losses.append(self.runner.train_step(self.train_batches))
+            progress.step += 1
+            progress.consumed_samples += self.settings.global_batch_size
+            progress.seconds = before + time.perf_counter() - began
+            self.meter.count()
+            stop = self.stop.reason(progress.step)
+            last = progress.step == self.settings.train_iters
+            if progress.step % args.log_interval == 0 or last or stop:
+                self._log(losses, rate)
+                losses = []
+            pause = time.perf_counter()
+            if args.eval_interval and (progress.step % args.eval_interval == 0 or last) and not stop:
+                self._evaluate_due()
+            due = args.save_interval is not None and progress.step % args.save_interval == 0
+            if args.save is not None and (due or stop or last) and saved_at != progress.step:
+                self._save()
+                saved_at = progress.step
+            self.meter.exclude(time.perf_counter() - pause)
+            began += time.perf_counter() - pause
+            if stop:
+                reason = stop
+                break
+        self._finish(reason)
+        return reason
+
+    def _log(self, losses: list[torch.Tensor], rate: float) -> None:
+        """Write one line and one record; `losses` are those of the interval, on the device."""
+        loss = average_over_data_parallel(torch.stack(losses).mean(), self.data_parallel_group)
+        speed = self.meter.read()
+        progress, norm = self.progress, compat.gradient_norm_of_last_step(self.engine)
+        tokens = progress.consumed_samples * self.args.seq_length
+        memory = self._largest(peak_memory())
+        scale = compat.loss_scale(self.engine)
+        if self.log is not None:
+            executed = (speed["model_tflops"] or 0.0) * self.recompute_factor
+            self.log.write(
+                "train",
+                step=progress.step,
+                loss=loss,
+                lr=rate,
+                grad_norm=norm,
+                tokens=tokens,
+                layer_tokens=tokens * self.args.num_layers,
+                seconds=progress.seconds,
+                tokens_per_second=speed["tokens_per_second"],
+                model_tflops=speed["model_tflops"],
+                executed_tflops=executed,
+                mfu=speed["mfu"],
+                peak_memory=memory,
+                **({} if scale is None else {"loss_scale": scale}),
+                **{name: dict(values) for name, values in self.engine.ds_efficient.metrics.items()},
+            )
+        remaining = (self.settings.train_iters - progress.step) * (speed["seconds_per_step"] or 0.0)
+        mfu = "N/A" if speed["mfu"] is None else f"{100 * speed['mfu']:.1f}%"
+        logger.info(
+            "step %d/%d | loss %.4f | lr %.3e | norm %s | %s tok/s | %.3g TFLOP/s | MFU %s | %.2f GiB%s | left %s",
+            progress.step,
+            self.settings.train_iters,
+            loss,
+            rate,
+            "N/A" if norm is None else f"{norm:.3f}",
+            quantity(speed["tokens_per_second"] or 0.0),
+            speed["model_tflops"],
+            mfu,
+            memory / 2**30,
+            "" if scale is None else f" | scale {scale:g}",
+            duration(remaining),
+        )
+        if not math.isfinite(loss) and self.settings.precision != "fp16":
+            raise UserError(
+                f"the loss is {loss} at step {progress.step}: training has diverged. Resume from the last "
+                "checkpoint with a lower --lr, a longer warm-up or a smaller --clip-grad"
+            )
+        self.meter.start()
+
+    def _largest(self, value: int) -> int:
+        """Return the largest of the ranks' values."""
+        box = torch.tensor([value], dtype=torch.int64, device=self.engine.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
+    def _evaluate_due(self, *, first: bool = False) -> None:
+        if self.args.eval_iters > 0 and "valid" in self.eval_batches:
+            self.evaluate("valid")
+        elif first and self.args.eval_iters > 0:
+            logger.info("no validation data: --split or --valid-data-path names none")
+
+    def evaluate(self, split: str) -> float:
+        """Return the mean loss over ``--eval-iters`` batches, the same ones every time."""
+        began = time.perf_counter()
+        self.engine.eval()
+        local = self.runner.evaluate(self.eval_batches[split](), self.args.eval_iters)
+        self.engine.train()
+        loss = average_over_data_parallel(local, self.data_parallel_group)
+        samples = self.args.eval_iters * self.settings.micro_batch_size * self.settings.data_parallel_size
+        seconds = time.perf_counter() - began
+        perplexity = math.exp(min(loss, 50.0))
+        logger.info(
+            "%s loss %.4f | perplexity %.2f | at step %d | %.1f s",
+            split,
+            loss,
+            perplexity,
+            self.progress.step,
+            seconds,
+        )
+        if self.log is not None:
+            self.log.write(
+                "eval",
+                step=self.progress.step,
+                split=split,
+                loss=loss,
+                perplexity=perplexity,
+                tokens=samples * self.args.seq_length,
+                train_tokens=self.progress.consumed_samples * self.args.seq_length,
+                train_seconds=self.progress.seconds,
+                seconds=seconds,
+            )
+        return loss
+
+    def _save(self) -> None:
+        began = time.perf_counter()
+        folder = checkpoints.save(self.engine, self.args, self.progress)
+        logger.info("saved %s in %.1f s", folder, time.perf_counter() - began)
+
+    def _finish(self, reason: str) -> None:
+        evidence = {
+            name: {"acted": proof.acted, "summary": proof.summary, **proof.counts}
+            for name, proof in self.engine.ds_efficient.evidence().items()
+        }
+        if self.log is not None:
+            if evidence:
+                self.log.write("evidence", **evidence)
+            self.log.write("end", step=self.progress.step, reason=reason)
+        logger.info("stopped at step %d: %s", self.progress.step, reason)

@@ -1,0 +1,134 @@
+"""Layer specs of a GPT model that need neither CUDA, Transformer Engine nor apex.
+
+`layer_spec` edits megatron-core's own local spec: our norms, attention through torch's
+scaled_dot_product_attention and, where a technique asks for it, other linear layers. Transformer Engine's
+spec is used when asked for, and refused with the reason where it is not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ds_efficient.errors import UserError
+from megatron_patches.attention import SdpaCoreAttention
+from megatron_patches.norms import TorchNorm
+
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+TRANSFORMER_IMPLS = ("local", "transformer_engine")
+
+
+def submodules(spec: Any) -> Any:
+    """Return the submodules of a spec, also where newer megatron-core wraps it into functools.partial."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
+
+
+def layer_spec(
+    config: Any = None,
+    *,
+    transformer_config: Any,
+    linears: Mapping[str, Any] | None = None,
+    transformer_impl: str = "local",
+) -> Any:
+    """Return the ModuleSpec of one GPT layer.
+
+    Args:
+        config: EfficiencyConfig of the run, or None; enabled techniques decide about `linears`.
+        transformer_config: megatron-core's TransformerConfig.
+        linears: replacements by name (one of ``LINEARS``): a class or ModuleSpec with the signature of
+            megatron-core's ColumnParallelLinear (qkv, fc1) or RowParallelLinear (proj, fc2).
+        transformer_impl: ``"local"`` or ``"transformer_engine"``.
+
+    Raises:
+        UserError: Transformer Engine asked for but not installed, or `linears` combined with it.
+    """
+    replacements = dict(linears or {})
+    unknown = sorted(set(replacements) - set(LINEARS))
+    if unknown:
+        raise UserError(f"linears: {', '.join(unknown)} unknown; allowed: {', '.join(LINEARS)}")
+    if transformer_impl == "transformer_engine":
+        if replacements:
+            raise UserError(
+                "--transformer-impl transformer_engine: its fused layers leave no place for "
+                f"{', '.join(replacements)}; use --transformer-impl local"
+            )
+        return _transformer_engine_spec(transformer_config)
+    if transformer_impl != "local":
+        raise UserError(
+            f"--transformer-impl {transformer_impl!r} unknown; allowed: {', '.join(TRANSFORMER_IMPLS)}"
+        )
+    return _local_spec(transformer_config, replacements)
+
+
+def _local_spec(transformer_config: Any, replacements: Mapping[str, Any]) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(
+        normalization=transformer_config.normalization, qk_layernorm=transformer_config.qk_layernorm
+    )
+    layer = spec.submodules
+    attention, mlp = submodules(layer.self_attention), submodules(layer.mlp)
+    layer.input_layernorm = TorchNorm
+    layer.pre_mlp_layernorm = TorchNorm
+    attention.core_attention = SdpaCoreAttention
+    if transformer_config.qk_layernorm:
+        attention.q_layernorm = TorchNorm
+        attention.k_layernorm = TorchNorm
+    for name, linear in replacements.items():
+        setattr(attention if hasattr(attention, name) else mlp, name, linear)
+    return spec
+
+
+def require_transformer_engine() -> None:
+    """Raise UserError unless Transformer Engine can be imported."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            "--transformer-impl transformer_engine: the package transformer_engine is not installed; "
+            "install it (pip install 'transformer_engine[pytorch]'), or use --transformer-impl local"
+        )
+
+
+def _transformer_engine_spec(transformer_config: Any) -> Any:
+    require_transformer_engine()
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=transformer_config.qk_layernorm)
+
+
+def block_spec(
+    transformer_config: Any,
+    make_layer: Callable[[int], Any],
+    *,
+    transformer_impl: str = "local",
+) -> Any:
+    """Return the specs of this pipeline stage's layers and of the final norm.
+
+    Args:
+        transformer_config: megatron-core's TransformerConfig.
+        make_layer: returns the spec of the layer with the given global index (0-based).
+        transformer_impl: decides about the final norm.
+    """
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    offset = get_transformer_layer_offset(transformer_config)
+    count = get_num_layers_to_build(transformer_config)
+    if transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm: Any = TENorm
+    else:
+        norm = TorchNorm
+    specs = [make_layer(offset + index) for index in range(count)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Return whether `function` has a parameter called `name` (versions differ; numbers are not compared)."""
+    return name in inspect.signature(function).parameters
