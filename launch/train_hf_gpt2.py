@@ -3,19 +3,17 @@
     python launch/train_hf_gpt2.py --deepspeed_config ds_configs/baseline_fp32.json
     deepspeed --num_gpus 2 launch/train_hf_gpt2.py --deepspeed_config ds_configs/zero2_bf16.json
 
-It works the same for every torch model: build it, call `ds_efficient.initialize`, go on as with DeepSpeed.
-Without --data it trains on the help topics of the running Python; nothing is downloaded.
+Every torch model works the same way: build it, call `ds_efficient.initialize`, go on as with DeepSpeed.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # run from a clone that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone that is not installed
 
 import torch
 import torch.distributed as dist
@@ -41,24 +39,23 @@ def parse_args() -> argparse.Namespace:
     add("--train-iters", type=int, default=300, help="optimizer steps")
     add("--log-interval", type=int, default=20, help="steps between lines")
     add("--save", metavar="DIR", help="folder for checkpoints, at the end and every --save-interval steps")
-    add("--save-interval", type=int, help="steps between checkpoints")
+    add("--save-interval", type=int, default=100, help="steps between checkpoints")
     add("--load", metavar="DIR", help="folder to resume from, if it holds a checkpoint")
     add("--seed", type=int, default=1234, help="seed of weights and data order")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.hidden_size % args.num_attention_heads:
+        parser.error("--hidden-size: must be a multiple of --num-attention-heads")
+    return args
 
 
 def read_text(files: list[str] | None, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return training and validation bytes (uint8, 1-D); of twenty stretches one is for validation."""
-    if files is None:
-        from pydoc_data.topics import topics
-
-        text = "\n".join(topics[name] for name in sorted(topics)).encode("utf-8")
-    else:
-        try:
-            text = b"\n".join(Path(name).read_bytes() for name in files)
-        except OSError as error:
-            raise UserError(f"--data {error.filename}: cannot be read ({error.strerror})") from error
+    try:
+        text = b"\n".join(Path(name).read_bytes() for name in files or ())
+    except OSError as error:
+        raise UserError(f"--data {error.filename}: cannot be read ({error.strerror})") from error
+    text = "\n".join(topics.values()).encode() if files is None else text
     rows = len(text) // (20 * length)
     if rows == 0:
         raise UserError(f"--data: {len(text)} bytes, but --seq-length {length} needs at least {20 * length}")
@@ -68,25 +65,22 @@ def read_text(files: list[str] | None, length: int) -> tuple[torch.Tensor, torch
 
 def samples(data: torch.Tensor, count: int, length: int, key: Key) -> torch.Tensor:
     """Return `count` stretches (count, length), int64, that depend on `key` only."""
-    generator = torch.Generator().manual_seed(key.value)
-    starts = torch.randint(len(data) - length + 1, (count, 1), generator=generator)
+    draw = torch.Generator().manual_seed(key.value)
+    starts = torch.randint(len(data) - length + 1, (count, 1), generator=draw)
     return data[starts + torch.arange(length)].long()
 
 
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
-    """Return the model, with equal weights on every rank; the global random state stays as it was."""
+    """Return the model, equal on every rank; it draws nothing in training, so a resumed run is exact."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
         raise UserError(f"transformers cannot be imported ({error}); pip install transformers") from error
-    if args.hidden_size % args.num_attention_heads:
-        raise UserError("--hidden-size: must be a multiple of --num-attention-heads")
-    sizes = {"n_layer": args.num_layers, "n_embd": args.hidden_size, "n_head": args.num_attention_heads}
-    # Without dropout nothing is drawn during training, so a resumed run repeats the unbroken one.
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    no_special_tokens = {"bos_token_id": None, "eos_token_id": None}
-    config = GPT2Config(256, n_positions=args.seq_length, **sizes, **dropout, **no_special_tokens)
+    options: dict[str, Any] = {"vocab_size": 256, "n_positions": args.seq_length, "n_embd": args.hidden_size}
+    options |= {"n_layer": args.num_layers, "n_head": args.num_attention_heads}
+    options |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(**options, bos_token_id=None, eos_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         return GPT2LMHeadModel(config)
@@ -108,8 +102,8 @@ def train(args: argparse.Namespace) -> None:
     engine, _, _, _ = ds_efficient.initialize(model=build_model(args), config=deepspeed_config(args))
     if args.load and (Path(args.load) / "latest").exists():
         engine.load_checkpoint(args.load)
-    rank, world, key = dist.get_rank(), dist.get_world_size(), Key(args.seed)
     micro, passes = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    rank, world, key = dist.get_rank(), dist.get_world_size(), Key(args.seed)
     held_out = samples(valid_data, 16, args.seq_length, key.fold("valid")).to(engine.device)
 
     def show_validation() -> None:
@@ -131,9 +125,7 @@ def train(args: argparse.Namespace) -> None:
         step = engine.global_steps
         if rank == 0 and (step % args.log_interval == 0 or step == args.train_iters):
             print(f"step {step} loss {float(mean)!r}", flush=True)
-        if args.save and (
-            step == args.train_iters or (args.save_interval and step % args.save_interval == 0)
-        ):
+        if args.save and (step % args.save_interval == 0 or step == args.train_iters):
             engine.save_checkpoint(args.save)
     show_validation()
 
@@ -143,8 +135,7 @@ def main() -> int:
     args = parse_args()
     quiet_logging()
     if "RANK" not in os.environ:  # no launcher: one process, any free port
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT="0")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     try:
         train(args)
     except UserError as error:

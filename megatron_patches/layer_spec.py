@@ -15,7 +15,7 @@ from typing import Any
 
 from ds_efficient.errors import UserError
 from megatron_patches.attention import SdpaCoreAttention
-from megatron_patches.norms import TorchNorm
+from megatron_patches.norms import TorchHeadNorm, TorchNorm
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 TRANSFORMER_IMPLS = ("local", "transformer_engine")
@@ -75,8 +75,8 @@ def _local_spec(transformer_config: Any, replacements: Mapping[str, Any]) -> Any
     layer.pre_mlp_layernorm = TorchNorm
     attention.core_attention = SdpaCoreAttention
     if transformer_config.qk_layernorm:
-        attention.q_layernorm = TorchNorm
-        attention.k_layernorm = TorchNorm
+        attention.q_layernorm = TorchHeadNorm
+        attention.k_layernorm = TorchHeadNorm
     for name, linear in replacements.items():
         setattr(attention if hasattr(attention, name) else mlp, name, linear)
     return spec

@@ -35,3 +35,18 @@ class TorchNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+class TorchHeadNorm:
+    """Factory of the norms on queries and keys (``qk_layernorm``).
+
+    Its weight is replicated over the tensor-parallel ranks, but each rank norms other heads, so its gradient
+    is partial there, with and without sequence parallelism.
+    """
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> torch.nn.Module:  # type: ignore[misc]
+        """Return a norm over one head's channels; arguments as `TorchNorm`."""
+        norm = TorchNorm(config, hidden_size, eps, **kwargs)
+        for parameter in norm.parameters():
+            parameter.tensor_parallel_partial = True  # type: ignore[attr-defined]
+        return norm

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from rank_pool import RankPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

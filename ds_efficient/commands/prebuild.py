@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
             failures.append(str(error))
             print(f"{head}: failed", flush=True)
             continue
-        print(f"{head}: {'built' if built.fresh else 'already there'}, {built.seconds:.1f} s, {built.path}", flush=True)
+        done = f"built in {built.seconds:.1f} s" if built.fresh else "already there"
+        print(f"{head}: {done}: {built.path}", flush=True)
     if failures:
         raise OpBuildError("\n".join(failures))
     return 0

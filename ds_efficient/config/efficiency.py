@@ -14,7 +14,7 @@ from ds_efficient.config import deepspeed_facts as facts
 from ds_efficient.config.base import Expected, Section, TechniqueSection
 from ds_efficient.config.deepspeed_rules import check_deepspeed, near_misses_of_types, section
 from ds_efficient.config.fields import Count, integral
-from ds_efficient.config.problems import Problem, closest, in_order, join, not_allowed, unknown_key
+from ds_efficient.config.problems import AUTO, Problem, closest, in_order, join, not_allowed, unknown_key
 from ds_efficient.config.sections import check_section
 from ds_efficient.config.source import read_source
 from ds_efficient.errors import ConfigError
@@ -272,6 +272,8 @@ def _parents(raw: Mapping[str, Any], row: TechniqueRow) -> Iterator[Problem]:
         for key in value if allowed is not None else ():
             if key not in (allowed or ()):
                 yield unknown_key((*path, key), allowed or ())
+        if value.get("enabled", False) not in (True, False, AUTO):  # "auto": reported with DeepSpeed's keys
+            yield not_allowed((*path, "enabled"), value["enabled"], "true or false")
 
 
 def _parents_switched_off(raw: Mapping[str, Any], row: TechniqueRow) -> Iterator[Problem]:

@@ -103,16 +103,16 @@ NumberRange = Annotated[
 
 Pattern = Annotated[
     str,
-    AfterValidator(_checked_pattern),
     Field(pattern=f"^{_PATTERN.pattern}$", examples=["2:4", "2:8"]),
+    AfterValidator(_checked_pattern),
     Expected(f'"N:M" with N < M and M one of {", ".join(map(str, GROUP_SIZES))}, for example "2:4"'),
 ]
 """``"N:M"``: at most N non-zeros in every M consecutive values."""
 
 Layers = Annotated[
     str,
-    AfterValidator(_checked_layers),
     Field(pattern=f"^{_LAYERS.pattern}$", examples=["12-23", "0,4-7"]),
+    AfterValidator(_checked_layers),
     Expected('layer numbers or ranges such as "12-23" or "0,4-7"'),
 ]
 """Transformer layer numbers, from 0, ranges with both ends included."""

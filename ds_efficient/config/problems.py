@@ -44,6 +44,8 @@ def show(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = repr(value)
+    if not text.isprintable():
+        text = ascii(text)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
@@ -51,7 +53,11 @@ def join(path: Sequence[str | int]) -> str:
     """Return ``a.b[0].c`` for ``("a", "b", 0, "c")``."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            name = part if part.isprintable() else show(part)
+            text += f".{name}" if text else name
     return text
 
 

@@ -45,7 +45,8 @@ def _encode(part: int | str) -> bytes:
 class Key:
     """A named random stream.
 
-    ``Key(1234).fold("rmm", step, layer)`` is immutable and cheap; fold what is known first and reuse it.
+    ``Key(1234).fold("rmm", step, layer)`` is immutable and cheap; fold what is known first and reuse it. Make keys outside
+    functions that ``torch.compile`` traces (it cannot trace the hash) and pass them in.
 
     Attributes:
         seed: run seed, any integer.

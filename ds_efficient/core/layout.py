@@ -168,7 +168,10 @@ def optimizer_kind(deepspeed: Mapping[str, Any]) -> str:
 
 def _from_json(deepspeed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     zero = _section(deepspeed, "zero_optimization")
-    halves = [name for name in ("bf16", "fp16") if _section(deepspeed, name).get("enabled") is True]
+    keys = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16"}  # bfloat16: DeepSpeed's older name
+    halves = list(
+        dict.fromkeys(name for key, name in keys.items() if _section(deepspeed, key).get("enabled") is True)
+    )
     if len(halves) > 1:
         problems.append("bf16.enabled and fp16.enabled are both true; keep one")
     values: dict[str, Any] = {

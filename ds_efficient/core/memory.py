@@ -86,6 +86,7 @@ class MemoryEstimate:
         communication: DeepSpeed's buckets; with ZeRO 3 also the gathered parameters.
         step: what the optimizer step needs for a moment: fp32 gradients of the rank's partition.
         host: bytes in host memory (offloading).
+        accumulating: whether gradients of earlier micro-batches are there while activations are made.
     """
 
     zero_stage: int
@@ -99,6 +100,7 @@ class MemoryEstimate:
     communication: float
     step: float
     host: float = 0.0
+    accumulating: bool = False
 
     @property
     def resident(self) -> float:
@@ -109,9 +111,10 @@ class MemoryEstimate:
     def peak(self) -> float:
         """Highest bytes of a step.
 
-        Gradients are made while activations are freed: at the start of the first backward pass there are none.
+        Gradients are made while activations are freed: with one micro-batch there are none at the start of the
+        backward pass.
         """
-        steady = self.parameters + self.optimizer
+        steady = self.resident if self.accumulating else self.parameters + self.optimizer
         backward = steady + self.activations + max(self.logits, self.workspace + self.communication)
         return max(backward, self.resident + self.communication, self.resident + self.step)
 
@@ -166,9 +169,10 @@ def layer_activation_bytes(
     torch), each tensor once (t: tensor-parallel size; what the norms see is cut by sequence parallelism):
 
     - ``"residual"``: the input of both norms, and masks of dropout;
-    - ``"projections"``: inputs of linear_qkv, linear_proj, linear_fc1 (the norms' outputs; the attention's);
+    - ``"projections"``: inputs of linear_qkv, linear_proj, linear_fc1 (the norms' outputs; the attention's,
+      which the attention kernel keeps too);
     - ``"attention"``: the mixed q, k, v; rotated q and k;
-    - ``"core"``: the attention kernel's output and its log-sum-exp; unfused: the probabilities instead;
+    - ``"core"``: the kernel's log-sum-exp; unfused: the probabilities instead;
     - ``"mlp"``: input and output of the activation function (SwiGLU: both halves, the SiLU, the product).
 
     Args:
@@ -188,11 +192,13 @@ def layer_activation_bytes(
         residual += tokens * 2 * hidden / across
     inputs = tokens * hidden * e / across
     projections = inputs * kept("self_attention.linear_qkv") + inputs * kept("mlp.linear_fc1")
-    projections += tokens * query * e / tensor * kept("self_attention.linear_proj")
+    # a technique that compresses linear_proj's input saves nothing while the fused kernel keeps the same tensor
+    shared = 1.0 if settings.attention == "fused" else kept("self_attention.linear_proj")
+    projections += tokens * query * e / tensor * shared
     rotated = (query + kv) if shape.position_embedding_type == "rope" else 0
     attention = tokens * (query + 2 * kv + rotated) * e / tensor
     if settings.attention == "fused":
-        core = tokens * (query * e + shape.num_attention_heads * 4) / tensor
+        core = tokens * shape.num_attention_heads * 4 / tensor
     else:
         scores = tokens * shape.seq_length * shape.num_attention_heads / tensor
         core = scores * (e + ((1 + e) if settings.attention_dropout > 0 else 0))
@@ -325,6 +331,7 @@ def _stage_estimate(
         communication=communication,
         step=step,
         host=host,
+        accumulating=layout.num_microbatches > 1,
     )
 
 

@@ -6,7 +6,6 @@ The trainer, ``ds_efficient plan`` and the table in the documentation all ask th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ds_efficient.core.layout import FUSED_ADAM, PRECISIONS, ParallelLayout
 from ds_efficient.errors import UserError
@@ -96,8 +95,8 @@ def world_holds_whole_models(layout: ParallelLayout) -> str | None:
         return None
     return (
         f"{layout.world_size} ranks: a multiple of tensor x pipeline x context parallel sizes = "
-        f"{layout.tensor} x {layout.pipeline} x {layout.context} = {layout.model_parallel} is needed; start more "
-        "processes (deepspeed --num_gpus) or lower one of the sizes"
+        f"{layout.tensor} x {layout.pipeline} x {layout.context} = {layout.model_parallel} is needed; start "
+        "more processes (deepspeed --num_gpus) or lower one of the sizes"
     )
 
 
@@ -250,14 +249,15 @@ def pipeline_has_no_fp16(layout: ParallelLayout) -> str | None:
 
 @_rule
 def tied_pipeline_needs_right_norm(layout: ParallelLayout) -> str | None:
-    """Pipeline parallelism with tied embeddings needs ZeRO 1, or ZeRO 0 in bf16 with FusedAdam."""
+    """Pipeline parallelism with tied embeddings and bf16 needs ZeRO 1, or ZeRO 0 with FusedAdam."""
     if layout.pipeline <= 1 or not layout.tied_embeddings or layout.zero_stage != 0:
         return None
-    if layout.precision == "bf16" and layout.optimizer == FUSED_ADAM:
+    # In fp32 the norm is our own (`deepspeed_compat.clip_plain_gradients`) and counts the copy once.
+    if layout.precision == "fp32" or layout.optimizer == FUSED_ADAM:
         return None
     return (
-        f"tied embeddings with pipeline_model_parallel_size = {layout.pipeline} and zero_optimization.stage "
-        "= 0: DeepSpeed counts the embedding's gradient twice in the norm; use stage 1, or "
+        f"tied embeddings with pipeline_model_parallel_size = {layout.pipeline}, zero_optimization.stage = 0 "
+        f"and {layout.precision}: DeepSpeed counts the embedding's gradient twice in the norm; use stage 1, or "
         "--untie-embeddings-and-output-weights"
     )
 
@@ -338,70 +338,13 @@ def batches_divide(layout: ParallelLayout) -> str | None:
     )
 
 
-_COMBINATIONS: tuple[tuple[str, ParallelLayout], ...] = (
-    ("data parallel (DP)", ParallelLayout(world_size=4)),
-    ("tensor parallel (TP)", ParallelLayout(world_size=2, tensor=2)),
-    ("TP + sequence parallel (SP)", ParallelLayout(world_size=2, tensor=2, sequence_parallel=True)),
-    ("TP x DP", ParallelLayout(world_size=4, tensor=2)),
-    ("TP + SP x DP", ParallelLayout(world_size=4, tensor=2, sequence_parallel=True)),
-    (
-        "pipeline parallel (PP), tied embeddings",
-        ParallelLayout(world_size=2, pipeline=2, tied_embeddings=True),
-    ),
-    ("PP, untied embeddings", ParallelLayout(world_size=2, pipeline=2, tied_embeddings=False)),
-    ("PP x DP, tied", ParallelLayout(world_size=4, pipeline=2, tied_embeddings=True)),
-    ("PP x DP, untied", ParallelLayout(world_size=4, pipeline=2, tied_embeddings=False)),
-    ("PP x TP, tied", ParallelLayout(world_size=4, pipeline=2, tensor=2, tied_embeddings=True)),
-    (
-        "PP x TP + SP, tied",
-        ParallelLayout(world_size=4, pipeline=2, tensor=2, sequence_parallel=True, tied_embeddings=True),
-    ),
-    (
-        "PP x TP + SP, untied",
-        ParallelLayout(world_size=4, pipeline=2, tensor=2, sequence_parallel=True, tied_embeddings=False),
-    ),
-)
-
-
 def broken_rules(layout: ParallelLayout) -> list[Rule]:
     """Return the rules a layout breaks."""
     return [rule for rule in RULES if rule(layout) is not None]
 
 
-def _summary(rule: Rule) -> str:
-    return (rule.__doc__ or "").strip().splitlines()[0]
-
-
-def _cell(layout: ParallelLayout, notes: list[Rule]) -> str:
-    """Return ``runs``, ``FusedAdam [n]`` or ``refused [n]``; `notes` collects the numbered rules."""
-    fused = broken_rules(replace(layout, optimizer=FUSED_ADAM))
-    other = broken_rules(replace(layout, optimizer="torch_adam"))
-    if not other:
-        return "runs"
-    for rule in other:
-        if rule not in notes:
-            notes.append(rule)
-    numbers = ", ".join(str(notes.index(rule) + 1) for rule in (fused or other))
-    return f"refused [{numbers}]" if fused else f"FusedAdam [{numbers}]"
-
-
 def table() -> str:
     """Return the table of combinations as Markdown, made by asking the rules themselves."""
-    notes: list[Rule] = []
-    lines = []
-    for precision in PRECISIONS:
-        lines += [f"### {precision}", "", "| | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |", "|---|---|---|---|---|"]
-        for name, layout in _COMBINATIONS:
-            cells = [
-                _cell(replace(layout, zero_stage=stage, precision=precision), notes) for stage in range(4)
-            ]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    lines += [
-        "`FusedAdam`: runs with DeepSpeed's FusedAdam (optimizer type AdamW without torch_adam) only.",
-        "",
-    ]
-    lines += [f"{number}. {_summary(rule)}" for number, rule in enumerate(notes, 1)]
-    lines += ["", "All rules, in the order in which they are checked:", ""]
-    lines += [f"- {_summary(rule)}" for rule in RULES]
-    return "\n".join(lines) + "\n"
+    from ds_efficient.core.parallelism_table import make_table
+
+    return make_table()

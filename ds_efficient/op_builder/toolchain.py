@@ -20,6 +20,7 @@ from ds_efficient.errors import OpBuildError
 from ds_efficient.op_builder.arch import Arch
 
 _SUFFIX_SINCE = {"": (0, 0), "a": (12, 0), "f": (12, 9)}  # CUDA releases that brought sm_90a and sm_100f
+_USUAL_NVCC = (Path("/usr/local/cuda/bin/nvcc"), Path("/opt/cuda/bin/nvcc"))
 REFERENCE_REMEDY = 'or use the plain torch code: backend="reference"'
 
 
@@ -88,14 +89,14 @@ def find_nvcc() -> Nvcc:
     found = shutil.which("nvcc")
     if found:
         return _examine_nvcc(found)
-    candidates = [Path("/usr/local/cuda/bin/nvcc")]
+    candidates = list(_USUAL_NVCC)
     for folder in nvidia_packages():
         candidates += sorted(folder.glob("*/bin/nvcc"), reverse=True)
     for candidate in candidates:
         if candidate.is_file():
             return _examine_nvcc(str(candidate))
     raise OpBuildError(
-        "no CUDA compiler found (looked at CUDA_HOME, CUDA_PATH, nvcc on the PATH, /usr/local/cuda); install the CUDA "
+        "no CUDA compiler found (looked at CUDA_HOME, CUDA_PATH, nvcc on the PATH, /usr/local/cuda, /opt/cuda, pip packages); install the CUDA "
         f"toolkit and set CUDA_HOME, {REFERENCE_REMEDY}"
     )
 

@@ -1,1 +1,1 @@
-"""report"""
+"""Reports on runs: read ``run.jsonl``, write a table, figures and CSV files."""

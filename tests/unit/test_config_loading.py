@@ -229,8 +229,8 @@ def test_a_sixth_technique_is_one_row():
     config = load_config({"sixth": {"enabled": True, "dose": 4}}, rows=rows)
     assert config.sixth.dose == 4 and [row.name for row in config.enabled()] == ["sixth"]
     assert config.for_deepspeed() == {}
-    assert problem_of({"sixth": {"dosis": 1}}, rows=rows).startswith(
-        'sixth.dosis: unknown key; did you mean "dose"?'
+    assert problem_of({"sixth": {"dos": 1}}, rows=rows).startswith(
+        'sixth.dos: unknown key; did you mean "dose"?'
     )
     assert problem_of({"sixth": {"dose": 3}}, rows=rows) == "sixth.dose: 3 is odd"
     assert load_config({"sixht": {}}, rows=rows).warnings[0].endswith('did you mean "sixth"?')

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ds_efficient.config import GeneralConfig
-from ds_efficient.config.base import TechniqueSection
+from ds_efficient.config.base import SKIP_RULES, Section
 from ds_efficient.config.fields import GROUP_SIZES, parse_layers, parse_pattern
 from ds_efficient.config.sections import check_section
 from ds_efficient.lgreco.config import LgrecoConfig
@@ -154,13 +154,13 @@ def test_every_rule_has_a_case_above():
     def rules(model):
         yield from model.rules
         for field in model.model_fields.values():
-            if isinstance(field.default, TechniqueSection.__mro__[1]):
+            if isinstance(field.default, Section):
                 yield from rules(type(field.default))
 
     existing = {rule.check.__name__ for model in SECTIONS.values() for rule in rules(model)}
     broken = set()
     for name, data in [(case[0], case[1]) for case in BROKEN + WARNED]:
-        section = SECTIONS[name].model_validate(data, context={"skip_rules": True})
+        section = SECTIONS[name].model_validate(data, context={SKIP_RULES: True})
         parts = [section, *(getattr(section, key) for key in type(section).model_fields)]
         parts += [inner for part in list(parts) for inner in getattr(part, "__dict__", {}).values()]
         for part in parts:
@@ -194,17 +194,20 @@ def test_other_patterns_are_refused(text):
     assert check_section(SlopeConfig, {"pattern": text}, ("slope",))[1]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_a_pattern_is_allowed_exactly_when_it_prunes_in_a_known_group(kept, group):
     allowed = kept < group and group in GROUP_SIZES
     assert (not check_section(SlopeConfig, {"pattern": f"{kept}:{group}"}, ("slope",))[1]) == allowed
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 200), min_size=1))
 def test_layers_round_trip(numbers):
     assert parse_layers(",".join(map(str, numbers))) == tuple(sorted(numbers))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 100), st.integers(0, 100))
 def test_ranges_include_both_ends(low, length):
     assert parse_layers(f"{low}-{low + length}") == tuple(range(low, low + length + 1))
@@ -345,7 +348,7 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("name", sorted(SECTIONS))
 def test_any_valid_section_survives_dump_and_load(name):
-    @settings(deadline=None, max_examples=60)
+    @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
     @given(STRATEGIES[name])
     def holds(data):
         section, problems, _ = check_section(SECTIONS[name], data, (name,))

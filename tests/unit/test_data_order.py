@@ -115,7 +115,9 @@ def test_synthetic_samples_depend_on_seed_split_and_index_alone():
 def test_a_batch_alone_is_moved_unchanged():
     batch = {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in batch_specs(3, 5).items()}
     batch["tokens"] = torch.arange(15).view(3, 5)
-    result = broadcast_batch({**batch, "dataset_id": torch.zeros(3)}, None, 0, batch_specs(3, 5), torch.device("cpu"))
+    result = broadcast_batch(
+        {**batch, "dataset_id": torch.zeros(3)}, None, 0, batch_specs(3, 5), torch.device("cpu")
+    )
     assert result.keys() == batch.keys()
     assert all(torch.equal(result[name], batch[name]) for name in batch)
 
@@ -140,9 +142,11 @@ def test_blends_with_and_without_weights():
     assert weighed is not None and weighed.prefixes == ("/a", "/b") and weighed.weights == (0.7, 30.0)
 
 
-@pytest.mark.parametrize("values", [["0.7", "/a", "/b"], ["0.7", "0.3"], ["/a", "0.3"], ["0.7", "/a", "x", "/b"]])
+@pytest.mark.parametrize(
+    "values", [["0.7", "/a", "/b"], ["0.7", "0.3"], ["/a", "0.3"], ["0.7", "/a", "x", "/b"]]
+)
 def test_malformed_weights_are_refused(values):
-    with pytest.raises(UserError, match="--data-path .*weights are malformed"):
+    with pytest.raises(UserError, match=r"--data-path .*weights are malformed"):
         parse_blend(values, "--data-path")
 
 
