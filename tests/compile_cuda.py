@@ -1,6 +1,7 @@
 """Compile every CUDA source with nvcc for every supported architecture; needs neither a GPU nor CUDA torch.
 
-``python tests/compile_cuda.py [--arch 8.0 9.0a 10.0] [--jobs 2]``; exit status 1 when a file does not compile, 2 without nvcc.
+``python tests/compile_cuda.py [--arch 8.0 9.0a 10.0] [--jobs 2]``; exit status 1 when a file does not
+compile, 2 without nvcc.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ARCHITECTURES = ("8.0", "9.0a", "10.0")
 
 
 def compile_all(archs: Sequence[Arch], jobs: int, *, csrc: Path = CSRC) -> list[str]:
-    """Compile every .cu below ``csrc`` for all ``archs``, warnings as errors; return the failures, each with the compiler's output."""
+    """Compile every .cu below ``csrc``, warnings as errors; return the failures with their output."""
     nvcc = find_nvcc()
     nvcc.check(archs)
     sources = sorted(csrc.rglob("*.cu"))
@@ -36,10 +37,18 @@ def compile_all(archs: Sequence[Arch], jobs: int, *, csrc: Path = CSRC) -> list[
     def one(source: Path) -> str | None:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            command = [nvcc.path, *NVCC_FLAGS, "--Werror", "all-warnings", *gencode_flags(archs), f"-I{CSRC / 'common'}"]
+            command = [
+                nvcc.path,
+                *NVCC_FLAGS,
+                "--Werror",
+                "all-warnings",
+                *gencode_flags(archs),
+                f"-I{CSRC / 'common'}",
+            ]
             command += [f"-I{source.parent}", "-c", str(source), "-o", str(Path(folder, "out.o"))]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(f"{source.relative_to(csrc)}: {'ok' if done.returncode == 0 else 'FAILED'}, {time.monotonic() - start:.1f} s", flush=True)
+        verdict = "ok" if done.returncode == 0 else "FAILED"
+        print(f"{source.relative_to(csrc)}: {verdict}, {time.monotonic() - start:.1f} s", flush=True)
         return None if done.returncode == 0 else f"{source}:\n{done.stdout}"
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -48,7 +57,9 @@ def compile_all(archs: Sequence[Arch], jobs: int, *, csrc: Path = CSRC) -> list[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile; return the exit status."""
-    parser = argparse.ArgumentParser(description="Compile every CUDA source for every supported architecture.")
+    parser = argparse.ArgumentParser(
+        description="Compile every CUDA source for every supported architecture."
+    )
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """Hosts of a cluster on one machine: network namespaces joined by veth pairs, with no way to the outside.
 
-Each namespace has loopback and one interface, whose other end is in the other namespace, so what runs inside can
-reach nothing but its partner. Names carry the process that made them; what a killed process left behind is removed by
-the next one. Needs root (CAP_NET_ADMIN and CAP_SYS_ADMIN) and iproute2.
+Each namespace has loopback and one interface, whose other end is in the other namespace, so what runs
+inside can reach nothing but its partner. Names carry the process that made them; what a killed process left
+behind is removed by the next one. Needs root (CAP_NET_ADMIN and CAP_SYS_ADMIN) and iproute2.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NAME = re.compile(rf"{_PREFIX}-(\d+)-(\d+)-(\d+)-\d+")
 _numbers = itertools.count()
 
 
-class HostsFailed(AssertionError):
-    """A command on one of the hosts failed or took too long; the message names the host and ends with its log."""
+class HostError(AssertionError):
+    """A command on a host failed or took too long; the message names the host and ends with its log."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class TwoHosts:
             expect: exit status that both must have.
 
         Raises:
-            HostsFailed: another exit status, or the time is over; everything is dead by then.
+            HostError: another exit status, or the time is over; everything is dead by then.
         """
         network = {"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
         processes = []
@@ -233,12 +233,12 @@ class TwoHosts:
                 if status is None:
                     continue
                 if status != expect:
-                    raise HostsFailed(self._story(index, f"exit status {status}, expected {expect}"))
+                    raise HostError(self._story(index, f"exit status {status}, expected {expect}"))
                 del running[index]
             if running and time.monotonic() > end:
                 names = ", ".join(self.hosts[index].name for index in running)
                 stories = [self._story(index, f"still running after {timeout:.0f} s") for index in running]
-                raise HostsFailed(f"time is over on {names}\n" + "\n".join(stories))
+                raise HostError(f"time is over on {names}\n" + "\n".join(stories))
             time.sleep(0.1)
 
     def _story(self, index: int, what: str) -> str:

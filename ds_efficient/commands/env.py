@@ -1,4 +1,4 @@
-"""``ds_efficient env``: versions, GPUs, compilers, the state of every op, caches and locks; for bug reports."""
+"""``ds_efficient env``: versions, GPUs, compilers, state of every op, caches and locks, for bug reports."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def _versions() -> dict[str, str]:
         "CUDA of torch": torch.version.cuda or "none (CPU build)",
         "deepspeed": _against_minimum(_installed("deepspeed"), DEEPSPEED_MINIMUM),
         "megatron-core": _megatron(_installed("megatron-core")),
-        "transformer_engine": _installed("transformer_engine", "transformer-engine", "transformer-engine-torch"),
+        "transformer_engine": _installed(
+            "transformer_engine", "transformer-engine", "transformer-engine-torch"
+        ),
         "apex": _apex(),
     }
     if torch.version.cuda is not None:
@@ -116,7 +118,9 @@ def _apex() -> str:
     if spec is None:
         return "not installed"
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if any((folder / part).is_dir() for folder in folders for part in ("normalization", "multi_tensor_apply")):
+    if any(
+        (folder / part).is_dir() for folder in folders for part in ("normalization", "multi_tensor_apply")
+    ):
         return f"{_installed('apex')} (NVIDIA's)"
     return "not NVIDIA's: another package of that name, not used"
 

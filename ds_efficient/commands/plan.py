@@ -116,9 +116,7 @@ def run(args: argparse.Namespace) -> int:
         global_batch_size=args.global_batch_size,
         transformer_engine=args.transformer_impl == "transformer_engine",
         recompute=recompute,
-        activations=Activations(
-            hidden_dropout=args.hidden_dropout, attention_dropout=args.attention_dropout
-        ),
+        activations=Activations(hidden_dropout=args.hidden_dropout, attention_dropout=args.attention_dropout),
     )
     if assumed:
         print(f"note: {assumed}", file=sys.stderr)

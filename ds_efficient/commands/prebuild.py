@@ -13,17 +13,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "prebuild",
         help="build native ops ahead of the run",
-        description="Build native ops into the kernel cache (TORCH_EXTENSIONS_DIR, by default torch_extensions in the "
-        "user's cache). Without names: every op that this machine can build; with names or --arch a failure ends with status 2.",
+        description="Build native ops into the cache (TORCH_EXTENSIONS_DIR, by default a folder of the "
+        "user's cache). Without names and --arch: every op that this machine can build.",
     )
     parser.add_argument("ops", nargs="*", metavar="op", help='for example "keyed_random"; default: all')
     parser.add_argument(
-        "--arch", metavar="LIST", help='CUDA architectures, for example "8.0;9.0a"; default: TORCH_CUDA_ARCH_LIST, else the visible GPUs'
+        "--arch",
+        metavar="LIST",
+        help='CUDA architectures, as in "8.0;9.0a"; default: TORCH_CUDA_ARCH_LIST, else the visible GPUs',
     )
     parser.add_argument(
         "--clean-stale-locks",
         action="store_true",
-        help="first remove locks that builds left behind when they were killed, those of torch's own JIT builds included",
+        help="first remove the locks of builds that were killed, those of torch's own JIT builds included",
     )
     parser.set_defaults(run=run)
 

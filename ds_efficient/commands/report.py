@@ -11,8 +11,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         help="table, figures and CSV of runs",
-        description="Read the run.jsonl of one or several runs and write report.md, loss.png, throughput.png and "
-        "one CSV a run.",
+        description="Read the run.jsonl of one or several runs and write report.md, loss.png, throughput.png "
+        "and one CSV a run.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its run.jsonl")
     parser.add_argument(

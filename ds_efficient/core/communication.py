@@ -1,7 +1,7 @@
 """Bytes that a rank sends in one optimizer step, by category.
 
-Collectives over n ranks are counted as rings: an all-reduce of B bytes sends 2 (n-1)/n B a rank, an all-gather or
-reduce-scatter (n-1)/n B, with B the full size.
+Collectives over n ranks are counted as rings: an all-reduce of B bytes sends 2 (n-1)/n B a rank, an
+all-gather or reduce-scatter (n-1)/n B, with B the full size.
 """
 
 from __future__ import annotations
@@ -51,13 +51,15 @@ def data_parallel_bytes(
     - ZeRO 0: one all-reduce of the gradients.
     - ZeRO 1: one reduction and one all-gather of the updated parameters.
     - ZeRO 2: a reduction for each micro-batch, and the all-gather.
-    - ZeRO 3: a reduce-scatter for each micro-batch; the parameters gathered in each forward and backward pass.
+    - ZeRO 3: a reduce-scatter for each micro-batch; the parameters gathered in each forward and backward
+      pass.
 
     Args:
         parameters: of the rank (of its tensor-parallel shard and pipeline stage).
         layout: sizes and stage.
-        all_reduce: whether stages 1 and 2 reduce a bucket with an all-reduce, of which each rank keeps its part
-            (DeepSpeed's ``use_multi_rank_bucket_allreduce``, on by default), or only to the rank that owns it.
+        all_reduce: whether stages 1 and 2 reduce a bucket with an all-reduce, of which each rank keeps its
+            part (DeepSpeed's ``use_multi_rank_bucket_allreduce``, on by default), or only to the rank that
+            owns it.
     """
     ring = (layout.data - 1) / layout.data
     size = parameters * layout.element_bytes
@@ -76,9 +78,9 @@ def data_parallel_bytes(
 def tensor_parallel_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> float:
     """Return what a rank of a pipeline stage sends to its tensor-parallel ranks in one optimizer step.
 
-    Each layer has two all-reduces of the hidden states forward and two backward. Sequence parallelism makes each
-    an all-gather and a reduce-scatter, of the same size, and gathers the inputs of linear_qkv and linear_fc1 once
-    more in the backward pass. Recomputed layers do their forward part twice.
+    Each layer has two all-reduces of the hidden states forward and two backward. Sequence parallelism makes
+    each an all-gather and a reduce-scatter, of the same size, and gathers the inputs of linear_qkv and
+    linear_fc1 once more in the backward pass. Recomputed layers do their forward part twice.
     """
     if layout.tensor == 1:
         return 0.0
@@ -127,7 +129,9 @@ def estimate_communication(
         deepspeed: the JSON, for ``zero_optimization.use_multi_rank_bucket_allreduce``.
     """
     zero = (deepspeed or {}).get("zero_optimization")
-    all_reduce = bool(zero.get("use_multi_rank_bucket_allreduce", True)) if isinstance(zero, Mapping) else True
+    all_reduce = (
+        bool(zero.get("use_multi_rank_bucket_allreduce", True)) if isinstance(zero, Mapping) else True
+    )
     found = []
     for stage in range(layout.pipeline):
         held = rank_parameters(inventory, layout, stage)

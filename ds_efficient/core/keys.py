@@ -1,20 +1,20 @@
 """Keys of the counter-based random streams.
 
 Every random draw of the package is a pure function of a 64-bit key and an element index
-(`ds_efficient.ops.keyed_random`). A key names *what* is drawn (run seed, step, micro-batch, layer, rank, purpose),
-so recomputation, pipelines, resuming and another world size all find the same stream, and nothing ever touches
-the global random state.
+(`ds_efficient.ops.keyed_random`). A key names *what* is drawn (run seed, step, micro-batch, layer, rank,
+purpose), so recomputation, pipelines, resuming and another world size all find the same stream, and nothing
+ever touches the global random state.
 
-Definition, version 1 (`KEY_VERSION`; a change of it changes every stream). The key is the BLAKE2b hash with an
-8-byte digest, read as a little-endian unsigned integer, personalised with ``b"ds_efficient.k1"``, of the seed
-followed by the folded parts in order, each encoded as
+Definition, version 1 (`KEY_VERSION`; a change of it changes every stream). The key is the BLAKE2b hash with
+an 8-byte digest, read as a little-endian unsigned integer, personalised with ``b"ds_efficient.k1"``, of the
+seed followed by the folded parts in order, each encoded as
 
 - integer: ``b"i"``, its decimal digits in ASCII (``-`` first when negative), a zero byte;
 - string: ``b"s"``, the decimal number of its UTF-8 bytes, ``b":"``, these bytes, a zero byte.
 
-The encoding is prefix-free, so different paths never hash the same bytes (``3`` and ``"3"`` differ too), and depends
-neither on the platform nor on Python's hash seed. With m keys in one run some two of them agree with probability about
-m^2 / 2^65. BLAKE2b: RFC 7693.
+The encoding is prefix-free, so different paths never hash the same bytes (``3`` and ``"3"`` differ too), and
+depends neither on the platform nor on Python's hash seed. With m keys in one run some two of them agree with
+probability about m^2 / 2^65. BLAKE2b: RFC 7693.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _encode(part: int | str) -> bytes:
 class Key:
     """A named random stream.
 
-    ``Key(1234).fold("rmm", step, layer)`` is immutable and cheap; fold what is known first and reuse it. Make keys outside
-    functions that ``torch.compile`` traces (it cannot trace the hash) and pass them in.
+    ``Key(1234).fold("rmm", step, layer)`` is immutable and cheap; fold what is known first and reuse it. Make
+    keys outside functions that ``torch.compile`` traces (it cannot trace the hash) and pass them in.
 
     Attributes:
         seed: run seed, any integer.
@@ -84,14 +84,17 @@ def derive_key(
     rank: int = 0,
     stream: str = "",
 ) -> int:
-    """Return the 64-bit key (0 <= key < 2^64) of one draw; equals ``Key(seed).fold(step, micro_batch, layer, rank, stream)``.
+    """Return the 64-bit key of one draw, 0 <= key < 2^64.
+
+    It equals ``Key(seed).fold(step, micro_batch, layer, rank, stream).value``.
 
     Args:
         seed: run seed.
         step: optimizer step.
         micro_batch: micro-batch within the step.
         layer: layer index or module name.
-        rank: data-parallel rank where ranks must differ; leave 0 where they must agree (tensor-parallel ranks).
+        rank: data-parallel rank where ranks must differ; leave 0 where they must agree (tensor-parallel
+            ranks).
         stream: purpose of the draw, for example ``"rmm.sketch"``; two purposes never share a stream.
 
     Raises:

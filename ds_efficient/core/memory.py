@@ -12,8 +12,8 @@ optimizer states          s N                   s N / D         s N / D         
 ========================  ====================  ==============  ==============  ==============
 
 with s = 8 for Adam (see `STATE_BYTES`). DeepSpeed keeps a master copy in fp32 from stage 1 on even when the
-model is fp32. Activations are those that the backward pass needs (`layer_activation_bytes`), of all micro-batches
-in flight: a pipeline stage p of P holds min(micro-batches, P - p) under the 1F1B schedule.
+model is fp32. Activations are those that the backward pass needs (`layer_activation_bytes`), of all
+micro-batches in flight: a pipeline stage p of P holds min(micro-batches, P - p) under the 1F1B schedule.
 
 The peak lies at the end of the forward pass or at the start of the backward one, where the activations of all
 layers meet the logits, or in the optimizer step. What the caching allocator reserves on top, and the
@@ -111,8 +111,8 @@ class MemoryEstimate:
     def peak(self) -> float:
         """Highest bytes of a step.
 
-        Gradients are made while activations are freed: with one micro-batch there are none at the start of the
-        backward pass.
+        Gradients are made while activations are freed: with one micro-batch there are none at the start
+        of the backward pass.
         """
         steady = self.resident if self.accumulating else self.parameters + self.optimizer
         backward = steady + self.activations + max(self.logits, self.workspace + self.communication)
@@ -192,7 +192,7 @@ def layer_activation_bytes(
         residual += tokens * 2 * hidden / across
     inputs = tokens * hidden * e / across
     projections = inputs * kept("self_attention.linear_qkv") + inputs * kept("mlp.linear_fc1")
-    # a technique that compresses linear_proj's input saves nothing while the fused kernel keeps the same tensor
+    # compressing linear_proj's input saves nothing while the fused kernel keeps the same tensor
     shared = 1.0 if settings.attention == "fused" else kept("self_attention.linear_proj")
     projections += tokens * query * e / tensor * shared
     rotated = (query + kv) if shape.position_embedding_type == "rope" else 0

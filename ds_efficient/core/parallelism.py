@@ -257,8 +257,8 @@ def tied_pipeline_needs_right_norm(layout: ParallelLayout) -> str | None:
         return None
     return (
         f"tied embeddings with pipeline_model_parallel_size = {layout.pipeline}, zero_optimization.stage = 0 "
-        f"and {layout.precision}: DeepSpeed counts the embedding's gradient twice in the norm; use stage 1, or "
-        "--untie-embeddings-and-output-weights"
+        f"and {layout.precision}: DeepSpeed counts the embedding's gradient twice in the norm; use stage 1, "
+        "or --untie-embeddings-and-output-weights"
     )
 
 

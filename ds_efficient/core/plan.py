@@ -138,8 +138,8 @@ def _all_warnings(config: EfficiencyConfig, layout: ParallelLayout, inventory: I
     found = [*config.warnings, *warnings(layout)]
     if inventory.model is None:
         found.append(
-            "the model's shape is not known: activations, logits, attention FLOPs and the traffic of tensor and "
-            "pipeline parallelism are not counted"
+            "the model's shape is not known: activations, logits, attention FLOPs and the traffic of "
+            "tensor and pipeline parallelism are not counted"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The plan as text: a header, the modules with what happens to them, memory, FLOPs, communication, warnings."""
+"""The plan as text: header, modules with what happens to them, memory, FLOPs, communication, warnings."""
 
 from __future__ import annotations
 
@@ -141,7 +141,12 @@ def _modules(plan: Plan) -> list[str]:
         for action in actions.values():
             if action.module not in known:
                 known.add(action.module)
-                cells = ("", "", "", *(_action_cell(by_module[other].get(action.module)) for other in by_module))
+                cells = (
+                    "",
+                    "",
+                    "",
+                    *(_action_cell(by_module[other].get(action.module)) for other in by_module),
+                )
                 found = re.search(r"\.(\d+)$", action.module)
                 layer = int(found.group(1)) if found else None
                 rows.append((f"{action.module}." if found else action.module, layer, cells))
@@ -191,7 +196,9 @@ def _costs(plan: Plan) -> list[str]:
     model, executed = plan.model_flops.to_json(), plan.executed_flops.to_json()
     table = [("FLOPs a token (forward + backward)", "model", "executed")]
     table += [
-        (name, show_count(model[name]), show_count(executed[name])) for name in model if model[name] or executed[name]
+        (name, show_count(model[name]), show_count(executed[name]))
+        for name in model
+        if model[name] or executed[name]
     ]
     lines = align(table, (1, 2))
     if plan.tokens_per_step is not None:

@@ -1,7 +1,7 @@
 """The one table of native ops. A new op is one row here and its sources under ``csrc/``.
 
-This module imports nothing heavy, so that every layer may read it. An op that exists for the CPU and for CUDA has
-two rows, since each is built and can fail on its own.
+This module imports nothing heavy, so that every layer may read it. An op that exists for the CPU and for CUDA
+has two rows, since each is built and can fail on its own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ ALL_OPS: dict[str, OpSpec] = {spec.full_name: spec for spec in _SPECS}
 
 
 def find_op(name: str, device: str) -> OpSpec:
-    """The row of an op for a device; KeyError when there is none (a mistake in the program, not of the user)."""
+    """The row of an op for a device; KeyError when there is none (a mistake in the program)."""
     return ALL_OPS[f"ds_efficient_{name}_{device}"]
 
 

@@ -55,8 +55,8 @@ def parse_arch_list(text: str, *, source: str = "TORCH_CUDA_ARCH_LIST") -> tuple
         match = _PATTERN.fullmatch(entry)
         if match is None:
             raise OpBuildError(
-                f"{source}={text!r}: {entry!r} is not a CUDA architecture; write compute capabilities such as "
-                '"8.0", "9.0a" or "8.0;9.0a+PTX"'
+                f"{source}={text!r}: {entry!r} is not a CUDA architecture; write compute capabilities such "
+                'as "8.0", "9.0a" or "8.0;9.0a+PTX"'
             )
         major, minor, suffix, ptx = match.groups()
         archs.add(Arch(int(major), int(minor), suffix, ptx is not None))
@@ -64,7 +64,7 @@ def parse_arch_list(text: str, *, source: str = "TORCH_CUDA_ARCH_LIST") -> tuple
 
 
 def archs_of_devices(capabilities: Sequence[tuple[int, int]]) -> tuple[Arch, ...]:
-    """The list for exactly these GPUs; from 9.0 on with the instructions of the one architecture (``9.0a``)."""
+    """The list for exactly these GPUs; from 9.0 on with architecture-specific instructions (``9.0a``)."""
     return tuple(sorted({Arch(major, minor, "a" if major >= 9 else "") for major, minor in capabilities}))
 
 
@@ -78,7 +78,9 @@ def gencode_flags(archs: Sequence[Arch]) -> list[str]:
     return flags
 
 
-def check_devices(archs: Sequence[Arch], devices: Sequence[tuple[str, tuple[int, int]]], *, source: str) -> None:
+def check_devices(
+    archs: Sequence[Arch], devices: Sequence[tuple[str, tuple[int, int]]], *, source: str
+) -> None:
     """Refuse a list without code for one of the GPUs.
 
     Args:
@@ -94,6 +96,6 @@ def check_devices(archs: Sequence[Arch], devices: Sequence[tuple[str, tuple[int,
             listed = ";".join(map(str, archs))
             need = archs_of_devices([capability])[0]
             raise OpBuildError(
-                f"{source}={listed!r} has no code for the GPU {name} (compute capability "
-                f'{capability[0]}.{capability[1]}); write "{listed};{need}", or unset it to build for the visible GPUs'
+                f"{source}={listed!r} has no code for the GPU {name} (compute capability {capability[0]}."
+                f'{capability[1]}); write "{listed};{need}", or unset it to build for the visible GPUs'
             )

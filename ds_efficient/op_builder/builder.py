@@ -1,9 +1,9 @@
-"""Builders with DeepSpeed's interface (name, sources, is_compatible, load) over `ds_efficient.op_builder.compile`.
+"""Builders with DeepSpeed's interface (name, sources, is_compatible, load) over `.compile`.
 
-They derive from DeepSpeed's, so that its tools can list and load them, and override what does not hold here: the
-sources are absolute paths, no ``-std`` is set, ``9.0a`` is an architecture, the environment is not changed, and the build
-neither hangs on a lock nor needs ninja. Importing this module imports DeepSpeed; nothing else of the package does so
-for the sake of a kernel.
+They derive from DeepSpeed's, so that its tools can list and load them, and override what does not hold here:
+the sources are absolute paths, no ``-std`` is set, ``9.0a`` is an architecture, the environment is not
+changed, and the build neither hangs on a lock nor needs ninja. Importing this module imports DeepSpeed;
+nothing else of the package does so for the sake of a kernel.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _NativeOp(_DeepSpeedOpBuilder):
         return list(self.SPEC.libraries)
 
     def is_compatible(self, verbose: bool = False) -> bool:
-        """Whether the op can be built here; the reason goes to ``error_log`` and, if ``verbose``, to the warnings."""
+        """Whether the op can be built here; if not, ``error_log`` says why, and a warning if ``verbose``."""
         self.error_log = compiler.why_not(self.SPEC)
         if self.error_log and verbose:
             self.warning(self.error_log)
@@ -79,7 +79,9 @@ class _NativeOp(_DeepSpeedOpBuilder):
         Raises:
             OpBuildError: always; names the command that builds ahead.
         """
-        raise OpBuildError(f"{self.NAME} is not a Python extension; build it ahead with `ds_efficient prebuild {self.SPEC.name}`")
+        raise OpBuildError(
+            f"{self.NAME} is no Python extension; build it with `ds_efficient prebuild {self.SPEC.name}`"
+        )
 
 
 class CPUOpBuilder(_NativeOp, _DeepSpeedCPU):
@@ -102,7 +104,7 @@ class CUDAOpBuilder(_NativeOp, _DeepSpeedCUDA):
         return [*compiler.NVCC_FLAGS, *self.SPEC.nvcc_flags, *self.compute_capability_args()]
 
     def compute_capability_args(self, cross_compile_archs: str | None = None) -> list[str]:
-        """``-gencode`` flags for TORCH_CUDA_ARCH_LIST, else for the visible GPUs; changes no environment variable."""
+        """``-gencode`` flags for TORCH_CUDA_ARCH_LIST, else for the visible GPUs; no variable is set."""
         return gencode_flags(compiler.target_archs())
 
 
@@ -110,4 +112,3 @@ def create_builder(spec: OpSpec) -> _NativeOp:
     """An instance of the builder of a row of `ALL_OPS`."""
     module, _, name = spec.builder.partition(":")
     return getattr(importlib.import_module(module), name)()
-

@@ -1,13 +1,15 @@
 """Compile a native op into a shared library, once per cache, and load it.
 
-The sources include neither torch's nor Python's headers and export a C ABI, so a library takes a second or two to
-compile (instead of half a minute to two minutes with ``torch/extension.h``), is checked by ``nvcc -c`` on machines
-without a GPU or CUDA torch, and outlives a change of torch. It is therefore compiled here by plain calls of g++ and nvcc and
-loaded with ctypes, which hands it raw pointers and torch's current stream; the ops are registered with ``torch.library``
-in Python (`ds_efficient.ops`). torch's stable C++ ABI would serve as well, but torch 2.6, the oldest supported, lacks it.
+The sources include neither torch's nor Python's headers and export a C ABI, so a library takes a second or
+two to compile (instead of half a minute to two minutes with ``torch/extension.h``), is checked by ``nvcc -c``
+on machines without a GPU or CUDA torch, and outlives a change of torch. It is therefore compiled here by
+plain calls of g++ and nvcc and loaded with ctypes, which hands it raw pointers and torch's current stream;
+the ops are registered with ``torch.library`` in Python (`ds_efficient.ops`). torch's stable C++ ABI would
+serve as well, but torch 2.6, the oldest supported, lacks it.
 
-Folder of one build: ``<cache root>/<op>-<hash of sources, headers, flags and processor>[-<architectures>]/`` with the library,
-``build.log`` (commands and output of the last build), ``history.log`` (a line a build) and, meanwhile, ``lock``.
+Folder of one build: ``<cache root>/<op>-<hash of sources, headers, flags and processor>[-<architectures>]/``
+with the library, ``build.log`` (commands and output of the last build), ``history.log`` (a line a build) and,
+meanwhile, ``lock``.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ def load(spec: OpSpec) -> ctypes.CDLL:
             _loaded[path] = ctypes.CDLL(str(path))
         except OSError as error:
             raise OpBuildError(
-                f"{spec.full_name}: the built library does not load: {error}; remove {path.parent} to build it anew, or set "
-                "TORCH_EXTENSIONS_DIR to a folder that allows executables"
+                f"{spec.full_name}: the built library does not load: {error}; remove {path.parent} to build "
+                "it anew, or set TORCH_EXTENSIONS_DIR to a folder that allows executables"
             ) from error
     return _loaded[path]
 
@@ -75,7 +77,7 @@ def load(spec: OpSpec) -> ctypes.CDLL:
 def find_built(spec: OpSpec) -> Path | None:
     """The library, if the cache has one that fits here.
 
-    For CUDA without TORCH_CUDA_ARCH_LIST any build of the same sources counts that serves all visible GPUs, so that
+    For CUDA without TORCH_CUDA_ARCH_LIST any build of the same sources counts that serves all visible GPUs:
     one prebuild for several architectures is found by every node.
 
     Raises:
@@ -148,7 +150,8 @@ def visible_gpus() -> list[tuple[str, tuple[int, int]]]:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return []
     return [
-        (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())
+        (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
     ]
 
 
@@ -207,7 +210,9 @@ def _archs_of_folder(text: str) -> tuple[Arch, ...]:
     return parse_arch_list(text.replace("ptx", "+PTX").replace("_", ";"), source="folder name")
 
 
-def _commands(spec: OpSpec, archs: Sequence[Arch], work: Path, library: Path) -> tuple[list[list[str]], list[str]]:
+def _commands(
+    spec: OpSpec, archs: Sequence[Arch], work: Path, library: Path
+) -> tuple[list[list[str]], list[str]]:
     """One compiling command a source, and the linking one."""
     include = [f"-I{folder}" for folder in spec.include_dirs()]
     objects = [str(work / f"{i}_{path.stem}.o") for i, path in enumerate(spec.source_paths())]
@@ -248,8 +253,8 @@ def _compile(spec: OpSpec, archs: Sequence[Arch], library: Path, log: Path) -> N
         os.replace(made, library)
     except OSError as error:
         raise OpBuildError(
-            f"{spec.full_name}: the build in {log.parent} failed: {error}; check that the disk has free space, or set "
-            "TORCH_EXTENSIONS_DIR to another folder"
+            f"{spec.full_name}: the build in {log.parent} failed: {error}; check that the disk has free "
+            "space, or set TORCH_EXTENSIONS_DIR to another folder"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -260,7 +265,12 @@ def _run(command: list[str]) -> tuple[bool, str]:
     shown = " ".join(command)
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=COMMAND_TIMEOUT
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=COMMAND_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
         return False, f"{shown}\nstopped after {COMMAND_TIMEOUT:.0f} s\n"

@@ -1,4 +1,4 @@
-"""What the kernel cache holds: each op's state, our build locks, and those of torch's own JIT builds (DeepSpeed's ops)."""
+"""What the kernel cache holds: each op's state, our build locks, those of torch's JIT builds."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def op_state(spec: OpSpec) -> OpState:
         return OpState(spec.full_name, spec.title, "built", str(path))
     reason = compiler.why_not(spec)
     if reason is None:
-        return OpState(spec.full_name, spec.title, "buildable", "at first use, or now with `ds_efficient prebuild`")
+        return OpState(
+            spec.full_name, spec.title, "buildable", "at first use, or now with `ds_efficient prebuild`"
+        )
     if spec.device == "cpu":
         reason += "; until then the plain torch code runs on the CPU (the same results)"
     return OpState(spec.full_name, spec.title, "unavailable", reason)
@@ -98,7 +100,9 @@ def clean_stale_locks() -> list[str]:
                 if not own:
                     info.path.unlink(missing_ok=True)
             except OSError as error:
-                raise OpBuildError(f"cannot remove the stale lock {info.path}: {error.strerror or error}") from error
+                raise OpBuildError(
+                    f"cannot remove the stale lock {info.path}: {error.strerror or error}"
+                ) from error
             removed.append(info.describe())
     for leftover in (toolchain.extensions_root() / "ds_efficient").glob("*/*/work-*"):
         if not (leftover.parent / "lock").exists():  # objects of a build that was killed

@@ -1,12 +1,12 @@
 """Build locks that cannot hang: each names its owner, shows a heartbeat, and is recognised when it is stale.
 
-A lock is a small JSON file made with O_EXCL, which works on local and network file systems. While the owner builds, a
-thread of it touches the file every few seconds. A process that waits
+A lock is a small JSON file made with O_EXCL, which works on local and network file systems. While the owner
+builds, a thread of it touches the file every few seconds. A process that waits
 
 - goes on as soon as the lock is gone,
 - takes the lock over, with a warning, when the owner was a process of this host and is dead,
-- stops with `OpBuildError` (path, age, owner, remedy) when the heartbeat stopped and the owner cannot be examined from
-  here (another host, another container) or is alive but frozen.
+- stops with `OpBuildError` (path, age, owner, remedy) when the heartbeat stopped and the owner cannot be
+  examined from here (another host, another container) or is alive but frozen.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def _acquire(path: Path, owner: str, done: Callable[[], bool], times: LockTimes)
         if info.state == "owner dead":
             _take_over(path, times)
             continue
-        # Clocks of two hosts may differ: an old time stamp alone is not enough, it must also stand still for three beats.
+        # Clocks of two hosts may differ: an old time stamp alone is not enough, it must also stand still for
+        # three beats.
         still = now - stands_since
         if still > times.stale_after or (info.stale and still > min(times.stale_after, 3 * times.heartbeat)):
             raise OpBuildError(
@@ -238,7 +239,7 @@ def _place() -> str:
 
 
 def _process_start(pid: int) -> str:
-    """Start time of a process, ``""`` when there is none; tells a process from a later one with the same id."""
+    """Start time of a process, ``""`` when there is none; differs for a later one with its id."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         return stat.rpartition(")")[2].split()[19]

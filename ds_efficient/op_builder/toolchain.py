@@ -33,7 +33,9 @@ def find_cxx() -> list[str]:
     named = shlex.split(os.environ.get("CXX", ""))
     if named:
         if shutil.which(named[0]) is None:
-            raise OpBuildError(f"CXX={os.environ['CXX']!r}: no such program; set CXX to a C++ compiler or unset it")
+            raise OpBuildError(
+                f"CXX={os.environ['CXX']!r}: no such program; set CXX to a C++ compiler or unset it"
+            )
         return named
     for name in ("c++", "g++", "clang++"):
         path = shutil.which(name)
@@ -52,7 +54,8 @@ class Nvcc:
     Attributes:
         path: the program.
         version: CUDA release, for example (13, 0).
-        codes: architectures that it knows, without suffix, for example ``"90"``; empty where it cannot list them.
+        codes: architectures that it knows, without suffix, for example ``"90"``; empty where it cannot list
+            them.
     """
 
     path: str
@@ -64,15 +67,17 @@ class Nvcc:
         for arch in archs:
             listed = not self.codes or f"{arch.major}{arch.minor}" in self.codes
             if not listed or self.version < _SUFFIX_SINCE[arch.suffix]:
-                known = ", ".join(f"{int(code) // 10}.{int(code) % 10}" for code in sorted(self.codes, key=int))
+                known = ", ".join(
+                    f"{int(code) // 10}.{int(code) % 10}" for code in sorted(self.codes, key=int)
+                )
                 raise OpBuildError(
-                    f"{self.path} (CUDA {self.version[0]}.{self.version[1]}) cannot compile for {arch} (knows {known}); "
-                    "set TORCH_CUDA_ARCH_LIST to one of these, or install a CUDA toolkit that knows it"
+                    f"{self.path} (CUDA {self.version[0]}.{self.version[1]}) cannot compile for {arch} "
+                    f"(knows {known}); set TORCH_CUDA_ARCH_LIST to one of these, or install a newer CUDA toolkit"
                 )
 
 
 def find_nvcc() -> Nvcc:
-    """nvcc of ``$CUDA_HOME`` or ``$CUDA_PATH``, else of the PATH, /usr/local/cuda, or the nvidia pip packages.
+    """nvcc of ``$CUDA_HOME`` or ``$CUDA_PATH``, else of the PATH, of /usr/local/cuda or of pip packages.
 
     Raises:
         OpBuildError: there is none, the variable points elsewhere, or it does not run.
@@ -83,7 +88,8 @@ def find_nvcc() -> Nvcc:
             path = Path(root, "bin", "nvcc")
             if not path.is_file():
                 raise OpBuildError(
-                    f"{variable}={root!r} has no bin/nvcc; set it to the root of a CUDA toolkit or unset it, {REFERENCE_REMEDY}"
+                    f"{variable}={root!r} has no bin/nvcc; set it to the root of a CUDA toolkit, unset it, "
+                    f"{REFERENCE_REMEDY}"
                 )
             return _examine_nvcc(str(path))
     found = shutil.which("nvcc")
@@ -96,21 +102,25 @@ def find_nvcc() -> Nvcc:
         if candidate.is_file():
             return _examine_nvcc(str(candidate))
     raise OpBuildError(
-        "no CUDA compiler found (looked at CUDA_HOME, CUDA_PATH, nvcc on the PATH, /usr/local/cuda, /opt/cuda, pip packages); install the CUDA "
-        f"toolkit and set CUDA_HOME, {REFERENCE_REMEDY}"
+        "no CUDA compiler found (looked at CUDA_HOME, CUDA_PATH, nvcc on the PATH, /usr/local/cuda, "
+        f"/opt/cuda, pip packages); install the CUDA toolkit and set CUDA_HOME, {REFERENCE_REMEDY}"
     )
 
 
 @functools.lru_cache(maxsize=8)
 def _examine_nvcc(path: str) -> Nvcc:
     try:
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=120, check=True).stdout
+        text = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
         match = re.search(r"release (\d+)\.(\d+)", text)
         codes = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True, timeout=120).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise OpBuildError(f"the CUDA compiler {path} does not run: {error}") from error
     if match is None:
-        raise OpBuildError(f"{path} --version names no CUDA release, so it is not NVIDIA's compiler: {text[:200]!r}")
+        raise OpBuildError(
+            f"{path} --version names no CUDA release, so it is not NVIDIA's compiler: {text[:200]!r}"
+        )
     return Nvcc(path, (int(match[1]), int(match[2])), frozenset(re.findall(r"sm_(\d+)", codes)))
 
 
@@ -123,12 +133,17 @@ def nvidia_packages() -> list[Path]:
 def cudart_flags(nvcc: Nvcc) -> list[str]:
     """Flags that link the CUDA runtime.
 
-    The static one, nvcc's default, unless the toolkit has none (pip packages): then the shared one by its full name.
+    The static one, nvcc's default, unless the toolkit has none (pip packages): then the shared one by its
+    full name.
     """
-    dry_run = subprocess.run([nvcc.path, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    dry_run = subprocess.run(
+        [nvcc.path, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
     match = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
     roots = [Path(match[1].strip()).resolve()] if match else []
-    folders = [folder for root in roots for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib"))]
+    folders = [
+        folder for root in roots for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib"))
+    ]
     if any((folder / "libcudart_static.a").is_file() for folder in folders):
         return []
     folders += [folder for package in nvidia_packages() for folder in package.glob("*/lib")]
@@ -181,8 +196,8 @@ def make_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OpBuildError(
-            f"cannot write the kernel cache {folder}: {error.strerror or error}; set TORCH_EXTENSIONS_DIR to a writable "
-            "folder with free space"
+            f"cannot write the kernel cache {folder}: {error.strerror or error}; set TORCH_EXTENSIONS_DIR "
+            "to a writable folder with free space"
         ) from error
 
 

@@ -1,17 +1,19 @@
 """Keyed random numbers: draws that are a pure function of a key and an index.
 
-Element i depends only on (key, i), never on the shape, the device, the number of ranks or what was drawn before. So a
-sub-range is generated alone with ``offset``, recomputation finds the same numbers, and the global random state is neither read nor
-written. CPU and CUDA, compiled and plain torch code give the same bits. Keys come from `ds_efficient.core.keys`.
+Element i depends only on (key, i), never on the shape, the device, the number of ranks or what was drawn
+before. So a sub-range is generated alone with ``offset``, recomputation finds the same numbers, and the
+global random state is neither read nor written. CPU and CUDA, compiled and plain torch code give the same
+bits. Keys come from `ds_efficient.core.keys`.
 
 One key serves one draw: `random_bits`, `uniform` and `normal` of one key are functions of the same words.
 
-Each draw is also an operator, ``torch.ops.ds_efficient.keyed_bits`` (``_uniform``, ``_normal``, ``_choice``), with a
-fake implementation, so that FakeTensor and ``torch.compile`` see it. The stream is defined in
+Each draw is also an operator, ``torch.ops.ds_efficient.keyed_bits`` (``_uniform``, ``_normal``, ``_choice``),
+with a fake implementation, so that FakeTensor and ``torch.compile`` see it. The stream is defined in
 ``csrc/common/keyed_random.h``, the readable form is `ds_efficient.ops.keyed_random_reference`.
 
-``backend`` of every function: ``"auto"`` (the CUDA kernels; on the CPU the C++ code, or the plain torch code where no
-compiler is found, which is logged once), ``"native"`` (compiled code or an error), ``"reference"`` (plain torch code).
+``backend`` of every function: ``"auto"`` (the CUDA kernels; on the CPU the C++ code, or the plain torch code
+where no compiler is found, which is logged once), ``"native"`` (compiled code or an error), ``"reference"``
+(plain torch code).
 """
 
 import math
@@ -50,7 +52,8 @@ def random_bits(
         backend: see the module.
 
     Returns:
-        int32 of the given shape; every bit pattern is equally likely. ``x.to(torch.int64) & 0xFFFFFFFF`` is the unsigned number.
+        int32 of the given shape; every bit pattern is equally likely. ``x.to(torch.int64) & 0xFFFFFFFF`` is
+        the unsigned number.
 
     Raises:
         UserError: an argument is out of range.
@@ -71,8 +74,8 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers on [0, 1): multiples of 2^-24.
 
-    bfloat16 and float16 are the float32 numbers rounded to nearest; what would round to 1 becomes the largest number
-    below 1. Arguments and errors as in `random_bits`.
+    bfloat16 and float16 are the float32 numbers rounded to nearest; what would round to 1 becomes the largest
+    number below 1. Arguments and errors as in `random_bits`.
 
     Args:
         dtype: float32, bfloat16 or float16.
@@ -92,7 +95,8 @@ def normal(
 ) -> Tensor:
     """Standard normal numbers: the normal quantile of a 32-bit uniform number, relative error below 3e-7.
 
-    The largest magnitude is 6.34 (probability 2.3e-10), the distribution is exactly symmetric, and 0 does not occur in float32.
+    The largest magnitude is 6.34 (probability 2.3e-10), the distribution is exactly symmetric, and 0 does not
+    occur in float32.
     bfloat16 and float16 are the float32 numbers rounded to nearest. Arguments and errors as in `random_bits`.
 
     Args:
@@ -112,20 +116,22 @@ def sample_k_of_n(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Tensor:
-    """Choose k of n without replacement, for each row independently; no permutation is formed and nothing is sorted.
+    """Choose k of n without replacement, for each row independently, without forming a permutation.
 
-    Every element of a row gets a 64-bit rank word, and the k smallest are chosen: all k-subsets are equally likely by
-    symmetry, up to the event that two words of a row are equal (probability below n^2 / 2^65; then the smaller index
-    counts as smaller). The k-th smallest word is found by selection in O(n), and reading the row in order then yields
-    ascending indices. A keyed bijection of {0 .. n-1} (Feistel network with cycle walking) would need only O(k)
-    words, but its first k images are no uniform subset; and k is a sizeable share of n here, so it would save little.
+    Every element of a row gets a 64-bit rank word, and the k smallest are chosen: all k-subsets are equally
+    likely by symmetry, up to the event that two words of a row are equal (probability below n^2 / 2^65; then
+    the smaller index counts as smaller). The k-th smallest word is found by selection in O(n), and reading
+    the row in order then yields ascending indices. A keyed bijection of {0 .. n-1} (Feistel network with
+    cycle walking) would need only O(k) words, but its first k images are no uniform subset; and k is a
+    sizeable share of n here, so it would save little.
 
     Args:
         key: `Key` or 64-bit integer, 0 <= key < 2^64.
         n: number of elements, 0 <= n < 2^31.
         k: how many are chosen, 0 <= k <= n.
         batch: rows, >= 0.
-        offset: number of the first row, >= 0: row r depends only on (key, n, k, offset + r), and for growing k its choices are nested.
+        offset: number of the first row, >= 0: row r depends only on (key, n, k, offset + r), and the
+            choices of a smaller k are among those of a larger.
         device: where the result is made.
         backend: see the module.
 
@@ -147,10 +153,12 @@ def sample_k_of_n(
 def _checked(
     key: Key | int, shape: int | Sequence[int], offset: int, device: torch.device | str, backend: str
 ) -> tuple[int, list[int], torch.device]:
-    """Validate; return the key as the signed number that an operator takes, the shape, and the device with its index."""
+    """Validate; return the key as the signed number that an operator takes, sizes, device with index."""
     value = key.value if isinstance(key, Key) else operator.index(key)
     if not 0 <= value < 2**64:
-        raise UserError(f"key={value} is out of range; allowed: 0 <= key < 2^64, for example from derive_key(...)")
+        raise UserError(
+            f"key={value} is out of range; allowed: 0 <= key < 2^64, for example from derive_key(...)"
+        )
     sizes = [shape] if isinstance(shape, int) else list(shape)
     if any(size < 0 for size in sizes):
         raise UserError(f"shape={tuple(sizes)} has a negative size")
@@ -214,7 +222,9 @@ def _float_fake(
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _choice_op(key: int, n: int, k: int, batch: int, offset: int, device: torch.device, backend: str) -> Tensor:
+def _choice_op(
+    key: int, n: int, k: int, batch: int, offset: int, device: torch.device, backend: str
+) -> Tensor:
     if device.type == "meta":
         return _choice_fake(key, n, k, batch, offset, device, backend)
     library = native.select(device, backend)
@@ -223,19 +233,26 @@ def _choice_op(key: int, n: int, k: int, batch: int, offset: int, device: torch.
     return library.choice(key & _UNSIGNED, offset, n, torch.empty(batch, k, dtype=torch.int64, device=device))
 
 
-def _choice_fake(key: int, n: int, k: int, batch: int, offset: int, device: torch.device, backend: str) -> Tensor:
+def _choice_fake(
+    key: int, n: int, k: int, batch: int, offset: int, device: torch.device, backend: str
+) -> Tensor:
     return torch.empty(batch, k, dtype=torch.int64, device=device)
 
 
 def _register() -> torch.library.Library:
-    """Define the operators. A low-level library, because `torch.library.custom_op` adds 50 microseconds to each call."""
+    """Define the operators; `torch.library.custom_op` would add 50 microseconds to each call."""
     library = torch.library.Library("ds_efficient", "FRAGMENT")
     floats = "SymInt[] shape, SymInt offset, ScalarType dtype, Device device, str backend"
     for name, arguments, run, fake in (
         ("keyed_bits", "SymInt[] shape, SymInt offset, Device device, str backend", _bits_op, _bits_fake),
         ("keyed_uniform", floats, _uniform_op, _float_fake),
         ("keyed_normal", floats, _normal_op, _float_fake),
-        ("keyed_choice", "SymInt n, SymInt k, SymInt batch, SymInt offset, Device device, str backend", _choice_op, _choice_fake),
+        (
+            "keyed_choice",
+            "SymInt n, SymInt k, SymInt batch, SymInt offset, Device device, str backend",
+            _choice_op,
+            _choice_fake,
+        ),
     ):
         library.define(f"{name}(int key, {arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, run, "CompositeExplicitAutograd")

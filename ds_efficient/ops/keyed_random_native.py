@@ -57,7 +57,7 @@ class Library:
         return self._call("uniform", out, key, offset, out.numel(), out.data_ptr(), _DTYPES[out.dtype])
 
     def normal(self, key: int, offset: int, out: Tensor) -> Tensor:
-        """Fill ``out`` (float32, bfloat16 or float16, contiguous) with standard normal numbers; returns it."""
+        """Fill ``out`` (float32, bfloat16 or float16, contiguous) with normal numbers; returns it."""
         return self._call("normal", out, key, offset, out.numel(), out.data_ptr(), _DTYPES[out.dtype])
 
     def choice(self, key: int, first_row: int, n: int, out: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Library:
         return out
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _library(device: str) -> Library | OpBuildError:
     """The library, or why there is none: a build that failed once is not tried again for every draw."""
     try:
@@ -90,8 +90,8 @@ def _library(device: str) -> Library | OpBuildError:
 def select(device: torch.device, backend: str) -> Library | None:
     """The library for a device, or None for the plain torch reference.
 
-    ``"auto"`` on the CPU takes the reference when the C++ code cannot be built: it gives the same bits, only slower, and says
-    so once. On CUDA nothing stands in for the kernels unasked.
+    ``"auto"`` on the CPU takes the reference when the C++ code cannot be built: it gives the same bits, only
+    slower, and says so once. On CUDA nothing stands in for the kernels unasked.
 
     Raises:
         OpBuildError: ``"native"``, or ``"auto"`` on CUDA, and the library cannot be built; names the remedy.
@@ -99,14 +99,18 @@ def select(device: torch.device, backend: str) -> Library | None:
     if backend == "reference":
         return None
     if device.type not in ("cpu", "cuda"):
-        raise OpBuildError(f'keyed_random has no native code for device {str(device)!r}; pass backend="reference"')
+        raise OpBuildError(
+            f'keyed_random has no native code for device {str(device)!r}; pass backend="reference"'
+        )
     found = _library(device.type)
     if isinstance(found, Library):
         return found
     if backend == "auto" and device.type == "cpu":
         _report_reference(str(found))
         return None
-    raise OpBuildError(f'keyed_random: {found}\n  Remedy without a compiler: backend="reference" (the same bits, slower)')
+    raise OpBuildError(
+        f'keyed_random: {found}\n  Remedy without a compiler: backend="reference" (the same bits, slower)'
+    )
 
 
 @functools.lru_cache(maxsize=1)

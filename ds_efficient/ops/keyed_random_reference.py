@@ -1,10 +1,10 @@
 """Keyed random numbers in plain torch: the readable definition, bit-identical to the C++ and CUDA code.
 
-Integers are int64 tensors that hold 32-bit values. The quantile polynomial is written with a fused multiply-add
-because the kernels use one; torch has none, so `_fma` gets the correctly rounded single-precision result from
-double precision: the product of two floats is exact there, the sum is rounded to odd, and the conversion to single
-precision then rounds once (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms
-using rounding to odd", IEEE TC 2008).
+Integers are int64 tensors that hold 32-bit values. The quantile polynomial is written with a fused
+multiply-add because the kernels use one; torch has none, so `_fma` gets the correctly rounded
+single-precision result from double precision: the product of two floats is exact there, the sum is rounded to
+odd, and the conversion to single precision then rounds once (Boldo and Melquiond, "Emulation of FMA and
+correctly rounded sums: proved algorithms using rounding to odd", IEEE TC 2008).
 
 Stream definition: ``csrc/common/keyed_random.h``. Source of Philox4x32-10: Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011.
@@ -53,7 +53,8 @@ def philox(key: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Te
     """Philox4x32-10 of int64 counter words in [0, 2^32) under a 64-bit key; four words of the same shape."""
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
-        # Products of two 32-bit numbers wrap modulo 2^64 in int64; the masks take the right halves all the same.
+        # Products of two 32-bit numbers wrap modulo 2^64 in int64; the masks take the right halves all the
+        # same.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
@@ -70,7 +71,12 @@ def words(key: int, offset: int, count: int, device: torch.device) -> Tensor:
 
 
 def _in_chunks(
-    key: int, offset: int, count: int, dtype: torch.dtype, device: torch.device, convert: Callable[[Tensor], Tensor]
+    key: int,
+    offset: int,
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    convert: Callable[[Tensor], Tensor],
 ) -> Tensor:
     out = torch.empty(count, dtype=dtype, device=device)
     for start in range(0, count, _CHUNK):
@@ -99,7 +105,7 @@ def uniform(key: int, offset: int, count: int, dtype: torch.dtype, device: torch
 
 
 def normal(key: int, offset: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Standard normal numbers, (count,) of ``dtype``; the float32 numbers rounded to nearest in 16-bit types."""
+    """Standard normal numbers, (count,) of ``dtype``; the float32 numbers rounded to nearest."""
     return _in_chunks(key, offset, count, dtype, device, lambda word: normal_from_words(word).to(dtype))
 
 
@@ -107,7 +113,8 @@ def normal_from_words(word: Tensor) -> Tensor:
     """Standard normal quantile of each word, float32.
 
     Args:
-        word: int64 in [0, 2^32). Read as the signed number s it stands for the probability (s + 1/2) / 2^32 + 1/2.
+        word: int64 in [0, 2^32). Read as the signed number s it stands for the probability (s + 1/2) / 2^32 +
+            1/2.
     """
     signed = _as_signed(word).to(torch.int64)
     negative = signed < 0
@@ -160,8 +167,8 @@ def _fma(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
 def _sqrt(x: Tensor) -> Tensor:
     """The correctly rounded float32 square root.
 
-    torch's own float32 root on the CPU is off by one unit for about a sixth of all inputs. A root of a 24-bit number
-    is never closer than 2^-51 (relative) to the middle between two such numbers, so that rounding the
+    torch's own float32 root on the CPU is off by one unit for about a sixth of all inputs. A root of a 24-bit
+    number is never closer than 2^-51 (relative) to the middle between two such numbers, so that rounding the
     double-precision root gives the right one.
     """
     return torch.sqrt(x.to(torch.float64)).to(torch.float32)

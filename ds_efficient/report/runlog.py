@@ -64,11 +64,11 @@ class RunLog:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")  # noqa: SIM115 (open as long as the run)
+            self._file = open(self.path, "a+b")
         except OSError as error:
-            raise UserError(f"run log {self.path}: cannot be written ({error.strerror}); choose another folder") from (
-                error
-            )
+            raise UserError(
+                f"run log {self.path}: cannot be written ({error.strerror}); choose another folder"
+            ) from (error)
         self._end_broken_line()
 
     def _end_broken_line(self) -> None:
@@ -171,7 +171,9 @@ class _Reader:
         self.evals = {key: line for key, line in self.evals.items() if key[1] <= step}
 
     def _take_evidence(self, record: dict[str, Any]) -> None:
-        self.run.evidence |= {name: value for name, value in record.items() if name not in ("kind", NONFINITE)}
+        self.run.evidence |= {
+            name: value for name, value in record.items() if name not in ("kind", NONFINITE)
+        }
 
     def _take_end(self, record: dict[str, Any]) -> None:
         self.run.end = record

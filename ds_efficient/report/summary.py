@@ -98,7 +98,7 @@ def _place(run: Run, step: int) -> tuple[float, float]:
 
 
 def steady(values: Sequence[float]) -> list[float]:
-    """Return the values without the first tenth (at least one), in which kernels are built and caches filled."""
+    """Return the values without the first tenth (at least one), while caches and allocators fill."""
     if len(values) < 3:
         return list(values)
     return list(values[max(1, round(len(values) * WARM_UP_SHARE)) :])

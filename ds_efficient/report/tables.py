@@ -34,7 +34,9 @@ def _seconds(value: float | None) -> str:
 
 def _rows(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[tuple[str, list[str]]]:
     """Return the lines of the table: title and one cell a run."""
-    splits = sorted({split for found in summaries for split in found.eval_loss}, key=lambda name: name != "valid")
+    splits = sorted(
+        {split for found in summaries for split in found.eval_loss}, key=lambda name: name != "valid"
+    )
 
     def cells(make: Callable[[Summary], str]) -> list[str]:
         return [make(found) for found in summaries]
@@ -42,9 +44,12 @@ def _rows(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[tuple[str, 
     rows = []
     for split in splits:
         title = "validation" if split == "valid" else split
-        rows.append((f"{title} loss", cells(lambda s, k=split: _from_to(s.eval_loss.get(k), ".4f"))))
+        rows.append((f"{title} loss", [_from_to(found.eval_loss.get(split), ".4f") for found in summaries]))
         rows.append(
-            (f"{title} perplexity", cells(lambda s, k=split: _from_to(s.eval_perplexity.get(k), ",.2f")))
+            (
+                f"{title} perplexity",
+                [_from_to(found.eval_perplexity.get(split), ",.2f") for found in summaries],
+            )
         )
     rows += [
         ("training loss", cells(lambda s: _from_to(s.train_loss, ".4f"))),
@@ -157,8 +162,9 @@ def markdown_report(runs: Sequence[Run], names: Sequence[str], figures: Sequence
     lines += ["## Versions", "", *_versions(runs, names), ""]
     lines += ["## Settings", "", *_settings(runs, names)]
     lines.append(
-        "Model FLOPs are those of the dense model, forward and backward, causal attention counted half; executed "
-        "FLOPs add recomputation and leave out what techniques skip. MFU is model FLOPs over the dense peak."
+        "Model FLOPs are those of the dense model, forward and backward, causal attention counted half; "
+        "executed FLOPs add recomputation and leave out what techniques skip. MFU is model FLOPs "
+        "over the dense peak."
     )
     return "\n".join(lines) + "\n"
 

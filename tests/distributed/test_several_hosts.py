@@ -13,7 +13,7 @@ import pytest
 import two_hosts
 from rank_pool import RankPool
 from tiny_runs import MODEL, Outcome, deepspeed_json, read_records, train
-from two_hosts import HostsFailed, TwoHosts, deepspeed_commands
+from two_hosts import HostError, TwoHosts, deepspeed_commands
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -65,9 +65,9 @@ def test_failing_host_is_named_with_its_log_and_the_other_one_stopped(tmp_path: 
     with TwoHosts(tmp_path) as hosts:
         bad = ["sh", "-c", "echo no such dataset; exit 3"]
         begin = time.monotonic()
-        with pytest.raises(HostsFailed, match=r"host beta .*exit status 3(.|\n)*no such dataset"):
+        with pytest.raises(HostError, match=r"host beta .*exit status 3(.|\n)*no such dataset"):
             hosts.run([["sleep", "60"], bad], timeout=50)
-        with pytest.raises(HostsFailed, match=r"time is over on alpha\n(.|\n)*still here"):
+        with pytest.raises(HostError, match=r"time is over on alpha\n(.|\n)*still here"):
             hosts.run([["sh", "-c", "echo still here; sleep 60"], ["true"]], timeout=1)
         assert time.monotonic() - begin < 30
         for host in hosts.hosts:

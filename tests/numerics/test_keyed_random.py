@@ -52,17 +52,20 @@ def test_reference_gives_the_published_philox_answers(counter, key, answer):
 
 
 def test_header_gives_the_published_philox_answers(tmp_path):
-    calls = "".join(
-        f"  show(philox(0x{k.split()[1]}{k.split()[0]}ull, {', '.join('0x' + w + 'u' for w in c.split())}));\n"
-        for c, k, _ in KNOWN_ANSWERS
-    )
+    calls = ""
+    for counter, key, _ in KNOWN_ANSWERS:
+        low, high = key.split()
+        calls += f"  show(philox(0x{high}{low}ull, {', '.join(f'0x{word}u' for word in counter.split())}));\n"
     (tmp_path / "t.cpp").write_text(
         '#include <cstdio>\n#include "keyed_random.h"\nusing namespace ds_efficient::keyed;\n'
-        'void show(Block b) { std::printf("%08x %08x %08x %08x\\n", b.word[0], b.word[1], b.word[2], b.word[3]); }\n'
+        "void show(Block b) {\n"
+        '  std::printf("%08x %08x %08x %08x\\n", b.word[0], b.word[1], b.word[2], b.word[3]);\n}\n'
         f"int main() {{\n{calls}}}\n"
     )
     compiler = toolchain.find_cxx()
-    subprocess.run([*compiler, f"-I{CSRC}/common", str(tmp_path / "t.cpp"), "-o", str(tmp_path / "t")], check=True)
+    subprocess.run(
+        [*compiler, f"-I{CSRC}/common", str(tmp_path / "t.cpp"), "-o", str(tmp_path / "t")], check=True
+    )
     done = subprocess.run([str(tmp_path / "t")], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [answer for _, _, answer in KNOWN_ANSWERS]
 
@@ -105,7 +108,9 @@ def test_choice_native_equals_reference_and_is_sorted_distinct_in_range(key, n, 
         assert (ours.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize(("n", "k", "batch"), [(100_001, 5, 2), (2_000_000, 1000, 1), (4096, 4096, 2), (2048, 1024, 8)])
+@pytest.mark.parametrize(
+    ("n", "k", "batch"), [(100_001, 5, 2), (2_000_000, 1000, 1), (4096, 4096, 2), (2048, 1024, 8)]
+)
 def test_choice_native_equals_reference_for_large_n(n, k, batch):
     ours = kr.sample_k_of_n(5, n, k, batch=batch, backend="native")
     assert same_bits(ours, kr.sample_k_of_n(5, n, k, batch=batch, backend="reference"))
@@ -119,11 +124,19 @@ def test_choice_of_all_and_of_none():
 
 
 @settings(deadline=None, max_examples=40)
-@given(KEYS, st.integers(0, 200), st.integers(0, 200), st.integers(0, 1000), st.sampled_from(("native", "reference")))
+@given(
+    KEYS,
+    st.integers(0, 200),
+    st.integers(0, 200),
+    st.integers(0, 1000),
+    st.sampled_from(("native", "reference")),
+)
 def test_a_sub_range_is_generated_alone(key, start, size, offset, backend):
     for draw in (kr.random_bits, kr.uniform, kr.normal):
         whole = draw(key, 400, offset=offset, backend=backend)
-        assert torch.equal(draw(key, size, offset=offset + start, backend=backend), whole[start : start + size])
+        assert torch.equal(
+            draw(key, size, offset=offset + start, backend=backend), whole[start : start + size]
+        )
 
 
 def test_rows_of_a_choice_are_generated_alone_and_nest_with_k():
@@ -157,7 +170,9 @@ def test_sixteen_bit_numbers_are_the_rounded_float32_numbers():
 def test_normal_is_the_quantile_of_its_word_to_the_last_word():
     generator = np.random.default_rng(0)
     low = generator.integers(0, 2**31, 5000)  # central
-    high = 2**31 - 1 - (2.0 ** (31 * generator.random(5000))).astype(np.int64).clip(1, 2**31 - 1) + 1  # tail, log-uniform
+    high = (
+        2**31 - 1 - (2.0 ** (31 * generator.random(5000))).astype(np.int64).clip(1, 2**31 - 1) + 1
+    )  # tail, log-uniform
     words = np.unique(np.concatenate([low, high, [0, 1, 2**31 - 2, 2**31 - 1]]))
     z = reference.normal_from_words(torch.from_numpy(words)).to(torch.float64).numpy()
     exact = np.array([-NormalDist().inv_cdf((2**31 - 0.5 - word) / 2**32) for word in words])
@@ -250,7 +265,9 @@ def test_arguments_out_of_range_are_named(call, message):
         call()
 
 
-def test_without_a_compiler_auto_gives_the_same_bits_and_says_so_and_native_stops(monkeypatch, tmp_path, caplog):
+def test_without_a_compiler_auto_gives_the_same_bits_and_says_so_and_native_stops(
+    monkeypatch, tmp_path, caplog
+):
     expected = kr.normal(5, 1000, backend="native")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -261,7 +278,7 @@ def test_without_a_compiler_auto_gives_the_same_bits_and_says_so_and_native_stop
             assert same_bits(kr.normal(5, 1000), expected)
             kr.normal(5, 1000)
         assert len([r for r in caplog.records if "no-such-compiler" in r.getMessage()]) == 1
-        with pytest.raises(OpBuildError, match='no-such-compiler(.|\n)*backend="reference"'):
+        with pytest.raises(OpBuildError, match=r'no-such-compiler(.|\n)*backend="reference"'):
             kr.normal(5, 1000, backend="native")
     finally:
         native._library.cache_clear()

@@ -1,4 +1,4 @@
-"""Keyed random numbers: the distributions are right. Keys are fixed, so each test always gives the same result."""
+"""Keyed random numbers: the distributions are right. Keys are fixed, so each result is always the same."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_inclusion_of_elements_and_of_pairs(n, k):
     chosen = torch.zeros(batch, n).scatter_(1, rows, 1.0)
     p = k / n
     counts = chosen.sum(0).to(torch.float64)
-    # The counts sum to batch * k, so their covariance has rank n - 1 and one eigenvalue, batch p (1 - p) n / (n - 1).
+    # The counts sum to batch * k, so their covariance has rank n - 1 and one eigenvalue,
+    # batch p (1 - p) n / (n - 1).
     statistic = ((counts - batch * p) ** 2).sum().item() / (batch * p * (1 - p) * n / (n - 1))
     assert statistic < chi_square_limit(n - 1)
     pairs = (chosen.T @ chosen).to(torch.float64)[~torch.eye(n, dtype=torch.bool)]

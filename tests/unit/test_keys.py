@@ -25,12 +25,19 @@ def test_key_is_blake2b_of_the_documented_encoding():
 def test_values_never_change():
     """Fixed values: a change here silently changes every run that is resumed."""
     assert Key(0).value == 14748788981746233481
-    assert derive_key(1234, step=5, micro_batch=1, layer="decoder.layers.3", rank=2, stream="rmm.sketch") == 6251338746951376327
+    assert (
+        derive_key(1234, step=5, micro_batch=1, layer="decoder.layers.3", rank=2, stream="rmm.sketch")
+        == 6251338746951376327
+    )
 
 
 def test_derive_key_equals_folding():
     folded = Key(9).fold(1, 2, "layer", 3, "purpose")
-    assert derive_key(9, step=1, micro_batch=2, layer="layer", rank=3, stream="purpose") == int(folded) == folded.value
+    assert (
+        derive_key(9, step=1, micro_batch=2, layer="layer", rank=3, stream="purpose")
+        == int(folded)
+        == folded.value
+    )
 
 
 @settings(deadline=None)
@@ -68,5 +75,8 @@ def test_other_types_are_refused(part):
 def test_value_does_not_depend_on_the_hash_seed():
     code = "from ds_efficient.core.keys import derive_key; print(derive_key(3, layer='a.b', stream='s'))"
     environments = [{"PYTHONHASHSEED": seed, "PATH": ""} for seed in ("1", "2")]
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=e) for e in environments]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=e)
+        for e in environments
+    ]
     assert [int(run.stdout) for run in runs] == [derive_key(3, layer="a.b", stream="s")] * 2

@@ -1,4 +1,4 @@
-"""Memory and communication formulas agree with measurements, with torch's own records, and with each other."""
+"""Memory and communication formulas agree with measurements, torch's own records and each other."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from ds_efficient.core.technique import Action
 def test_peak_is_near_that_of_measured_runs(hidden, micro_batch, measured, tolerance):
     """One H100, ZeRO 1, bf16, rotary positions, sequence 2048; GiB.
 
-    The two larger tolerances are for runs with torch's own Adam: its temporaries and the gaps that they leave in
-    the allocator are not part of the estimate.
+    The two larger tolerances are for runs with torch's own Adam: its temporaries and the gaps that they
+    leave in the allocator are not part of the estimate.
     """
     shape = ModelShape(24, hidden, 16, 50304, 2048, position_embedding_type="rope")
     layout = ParallelLayout(zero_stage=1, precision="bf16", micro_batch_size=micro_batch)
@@ -69,7 +69,8 @@ class Layer(nn.Module):
         shape, (length, batch, _) = self.shape, x.shape
         sizes = [shape.query_size, shape.kv_size, shape.kv_size]
         q, k, v = (
-            part.view(length, batch, -1, shape.head_dim) for part in self.qkv(self.norms[0](x)).split(sizes, -1)
+            part.view(length, batch, -1, shape.head_dim)
+            for part in self.qkv(self.norms[0](x)).split(sizes, -1)
         )
         q, k, v = (part.permute(1, 2, 0, 3) for part in (self.rotate(q), self.rotate(k), v))
         mixed = nn.functional.scaled_dot_product_attention(
@@ -252,7 +253,8 @@ def test_sequence_parallelism_gathers_inputs_once_more_and_recomputation_sends_a
 @given(
     tensor=st.sampled_from([1, 2, 4]), pipeline=st.sampled_from([1, 2, 4]), data=st.sampled_from([1, 2, 8]),
     stage=st.integers(0, 3), precision=st.sampled_from(["fp32", "bf16"]), sequence=st.booleans(),
-    micro=st.integers(1, 3), passes=st.integers(1, 6), granularity=st.sampled_from([None, "full", "selective"]),
+    micro=st.integers(1, 3), passes=st.integers(1, 6),
+    granularity=st.sampled_from([None, "full", "selective"]),
 )  # fmt: skip
 def test_estimates_are_finite_and_the_peak_covers_what_is_resident(
     tensor, pipeline, data, stage, precision, sequence, micro, passes, granularity

@@ -25,7 +25,12 @@ def never() -> bool:
 
 
 def write_lock(path: Path, *, pid: int, age: float = 0.0, **changes: object) -> None:
-    owner = {"pid": pid, "host": socket.gethostname(), "place": locks._place(), "process_start": locks._process_start(pid)}
+    owner = {
+        "pid": pid,
+        "host": socket.gethostname(),
+        "place": locks._place(),
+        "process_start": locks._process_start(pid),
+    }
     path.write_text(json.dumps({**owner, **changes}))
     os.utime(path, (time.time() - age,) * 2)
 
@@ -88,7 +93,9 @@ def test_waiter_goes_on_when_the_other_process_has_built(tmp_path, caplog):
     with caplog.at_level("WARNING"), build_lock(path, done=done, times=QUICK) as mine:
         assert not mine
     reports = [record.getMessage() for record in caplog.records]
-    assert len(reports) >= 3 and all("waiting" in text and str(path) in text and "node7" in text for text in reports)
+    assert len(reports) >= 3 and all(
+        "waiting" in text and str(path) in text and "node7" in text for text in reports
+    )
     assert path.exists()
 
 
@@ -109,7 +116,9 @@ def test_process_id_used_again_counts_as_dead(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"place": "elsewhere", "host": "node7"}, {}], ids=["owner on another host", "owner alive but frozen"]
+    "changes",
+    [{"place": "elsewhere", "host": "node7"}, {}],
+    ids=["owner on another host", "owner alive but frozen"],
 )
 def test_lock_without_heartbeat_stops_with_path_age_owner_and_remedy(tmp_path, changes):
     path = tmp_path / "lock"

@@ -25,8 +25,10 @@ def _write_run(folder, *, rate=100.0, end=True, mfu=None, versions=True):
         for step in (1, 2, 3, 4):
             log.write(
                 "train", step=step, loss=6.0 - step, lr=0.1, grad_norm=1.0, tokens=step * 1000,
-                layer_tokens=step * 4000, seconds=step * 2.0, tokens_per_second=rate * (0.1 if step == 1 else step),
-                model_tflops=1.5, executed_tflops=2.0, mfu=mfu, peak_memory=step * 2**30, slope={"density": 0.5},
+                layer_tokens=step * 4000, seconds=step * 2.0,
+                tokens_per_second=rate * (0.1 if step == 1 else step),
+                model_tflops=1.5, executed_tflops=2.0, mfu=mfu, peak_memory=step * 2**30,
+                slope={"density": 0.5},
             )  # fmt: skip
         log.write("eval", step=4, split="valid", loss=2.5, perplexity=math.exp(2.5), tokens=80)
         log.write("evidence", slope={"acted": True, "summary": "8 layers ran sparse"})
@@ -100,7 +102,9 @@ def test_figures_have_units_legends_and_every_point(run_folder, tmp_path):
     runs = [read_run(run_folder), read_run(_write_run(tmp_path / "second", rate=200.0))]
     figure = loss_figure(runs, ["a", "b"])
     left, right = figure.axes
-    assert left.get_xlabel() == "training tokens (thousand)" and right.get_xlabel() == "training time (seconds)"
+    assert (
+        left.get_xlabel() == "training tokens (thousand)" and right.get_xlabel() == "training time (seconds)"
+    )
     assert left.get_ylabel() == "loss (nats a token)"
     legend = [text.get_text() for text in left.get_legend().get_texts()]
     assert legend == ["a, training", "a, validation", "b, training", "b, validation"]

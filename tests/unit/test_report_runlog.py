@@ -131,7 +131,12 @@ def test_unknown_kinds_are_ignored_and_the_last_of_several_runs_is_read(tmp_path
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty"), ("\n\n", "is empty"), ("hello\n", "is not the log of a run"), ('{"a": 1}\n[2]\n', "is not")],
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("hello\n", "is not the log of a run"),
+        ('{"a": 1}\n[2]\n', "is not"),
+    ],
 )
 def test_files_that_are_no_log_are_refused(tmp_path, text, message):
     (tmp_path / "run.jsonl").write_text(text)

@@ -1,0 +1,163 @@
+"""Throughput, MFU and peak memory of whole training steps of ``launch/pretrain_gpt.py`` on synthetic data.
+
+    python tests/perf/training_step.py --output docs/results/data [--cases 354m-plain 354m-fused ...] [--gpus 2]
+
+Each case is one run of the script; the first interval (compilation, warm-up) is left out and the median of the
+others is taken. One CSV row a case, with GPU, versions, commit and command; ratios against the first case with
+the same model are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MODELS = {
+    "354m": "--num-layers 24 --hidden-size 1024 --num-attention-heads 16",
+    "1.3b": "--num-layers 24 --hidden-size 2048 --num-attention-heads 16",
+    "tiny": "--num-layers 2 --hidden-size 64 --num-attention-heads 4",
+}
+NO_FUSION = "--no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-cross-entropy-fusion"
+ZERO1 = {"stage": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: model, samples a pass, optimizer parameters, further arguments."""
+
+    model: str
+    micro: int
+    fused_adam: bool
+    arguments: str = ""
+    zero: int = 1
+
+
+CASES = {
+    "354m-plain": Case("354m", 8, False, NO_FUSION),
+    "354m-fused": Case("354m", 8, True),
+    "354m-plain-16": Case("354m", 16, False, NO_FUSION),
+    "354m-fused-16": Case("354m", 16, True),
+    "1.3b-plain": Case("1.3b", 8, False, NO_FUSION),
+    "1.3b-adam": Case("1.3b", 8, True, NO_FUSION),
+    "1.3b-fused": Case("1.3b", 8, True),
+    "1.3b-fused-recompute-16": Case(
+        "1.3b", 16, True, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
+    "tiny": Case("tiny", 2, False),
+}
+
+
+def command(case: Case, folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """Return the command line of a case; writes its DeepSpeed config."""
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": case.fused_adam}},
+        "zero_optimization": {"stage": case.zero},
+        "bf16": {"enabled": not arguments.fp32},
+    }
+    (folder / "ds.json").write_text(json.dumps(config))
+    length, vocabulary = (64, 256) if case.model == "tiny" else (2048, 50304)
+    launcher = [sys.executable, "launch/pretrain_gpt.py"]
+    if arguments.gpus > 1:
+        launcher = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(arguments.gpus), "launch/pretrain_gpt.py"),
+        ]
+    return [
+        *launcher,
+        *f"--deepspeed_config {folder / 'ds.json'} --mock-data --vocab-size {vocabulary}".split(),
+        *f"--seq-length {length} --position-embedding-type rope".split(),
+        *f"--attention-dropout 0 --hidden-dropout 0 --lr 1e-4 --micro-batch-size {case.micro}".split(),
+        *f"--train-iters {arguments.steps} --log-interval {arguments.interval} --eval-iters 0".split(),
+        *f"--run-dir {folder} --num-workers 2".split(),
+        *MODELS[case.model].split(),
+        *case.arguments.split(),
+        *arguments.extra,
+    ]
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one case; return its CSV row, with ``error`` where it failed."""
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        argv = command(case, folder, arguments)
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=arguments.timeout)
+        path = folder / "run.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    run = next((record for record in records if record["kind"] == "run"), {})
+    steady = [record for record in records if record["kind"] == "train"][1:]
+    row: dict[str, Any] = {"case": name, "gpus": arguments.gpus, "micro_batch": case.micro, "zero": case.zero}
+    row |= {"gpu": run.get("gpu"), **run.get("versions", {})}
+    row |= {"commit": commit(), "command": " ".join(argv[argv.index("--deepspeed_config") + 2 :])}
+    if done.returncode != 0 or not steady:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        memory = [line for line in lines if "out of memory" in line.lower()]
+        return row | {"error": (memory or lines or ["no output"])[-1][:300]}
+    for field in ("tokens_per_second", "model_tflops", "mfu", "peak_memory"):
+        values = [record[field] for record in steady if record[field] is not None]
+        row[field] = statistics.median(values) if values else None
+    tokens = steady[-1]["tokens"] / steady[-1]["step"]
+    row["ms_per_step"] = 1000.0 * tokens / row["tokens_per_second"]
+    row["last_loss"] = steady[-1]["loss"]
+    return row
+
+
+def commit() -> str:
+    """Return the commit measured, or what COMMIT says where there is no git."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return os.environ.get("COMMIT") or found.stdout.strip() or "unknown"
+
+
+def main() -> int:
+    """Run the cases and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=[c for c in CASES if c != "tiny"])
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/results/data")
+    parser.add_argument("--name", default="training_step", help="name of the CSV file")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--interval", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a case")
+    parser.add_argument("--fp32", action="store_true", help="for a trial without a GPU")
+    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="added to each command")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    first: dict[str, dict[str, Any]] = {}
+    for name in arguments.cases:
+        row = measure(name, arguments)
+        rows.append(row)
+        if "error" in row:
+            print(f"{name}: failed: {row['error']}", flush=True)
+            continue
+        base = first.setdefault(CASES[name].model, row)
+        print(
+            f"{name}: {row['ms_per_step']:.1f} ms, {row['tokens_per_second']:.0f} tok/s "
+            f"({row['tokens_per_second'] / base['tokens_per_second']:.2f}x of {base['case']}), "
+            f"{row['model_tflops']:.1f} TFLOP/s, MFU {row['mfu']}, peak {row['peak_memory'] / 2**30:.1f} GiB, "
+            f"loss {row['last_loss']:.4f}",
+            flush=True,
+        )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"{arguments.name}.csv"
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
+    return int(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
