@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,13 +16,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], RankPool]]:
-    """Return a function from a number of ranks to a pool of as many, started once a session."""
-    pools: dict[int, RankPool] = {}
-
-    def pool(size: int) -> RankPool:
-        return pools.setdefault(size, RankPool(size))
-
-    yield pool
-    for found in pools.values():
-        found.close()
+def ranks() -> Callable[[int], RankPool]:
+    """Return a function from a number of ranks to something that runs functions on them."""
+    return RankPool

@@ -1,9 +1,8 @@
-"""Ranks that stay alive between tests, so that a distributed test costs seconds instead of imports.
+"""Ranks for distributed tests: a test costs seconds instead of imports.
 
-`RankPool(size)` starts `size` processes once. `pool.run("module:function", *args)` calls the function on every
-rank inside a new process group (fresh port), and returns the ranks' results. A rank that raises, dies or
-exceeds the time-out fails the test with its number, its traceback and its last output; the pool is then
-started anew, so that one failure does not spoil the next test.
+A fork server imports torch, DeepSpeed and megatron-core once; `RankPool(size).run("module:function", *args)`
+forks `size` ranks from it, each a fresh process with its own process group and global state. A rank that
+raises, dies or exceeds the time-out fails the test with its number, its traceback and its last output.
 """
 
 from __future__ import annotations
@@ -22,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORT_SECONDS = 180.0
+PATHS = [str(ROOT), str(ROOT / "launch"), str(ROOT / "tests")]
+IMPORT_SECONDS = 120.0
+
+_started = False
 
 
 class RankError(AssertionError):
@@ -36,73 +38,39 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _worker(rank: int, size: int, pipe: Connection, output: str) -> None:
-    log = open(output, "a", buffering=1)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "tests")]
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    import torch
-
-    torch.set_num_threads(1)
-    while True:
-        job = pipe.recv()
-        if job is None:
-            return
-        target, args, port = job
-        os.environ["MASTER_PORT"] = str(port)
-        try:
-            module, _, name = target.partition(":")
-            result = getattr(importlib.import_module(module), name)(*args)
-            pipe.send(("result", result))
-        except BaseException:
-            pipe.send(("error", traceback.format_exc()))
-        finally:
-            reset()
+def _rank(target: str, args: Sequence[Any], environment: dict[str, str], pipe: Connection, output: str) -> None:
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(environment)
+    sys.path[:0] = [path for path in PATHS if path not in sys.path]
+    try:
+        module, _, name = target.partition(":")
+        pipe.send(("result", getattr(importlib.import_module(module), name)(*args)))
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of process groups must not hold the rank back
 
 
-def reset() -> None:
-    """Forget process groups, so that the next job may have other ones."""
-    import torch.distributed as dist
-
-    parallel_state = sys.modules.get("megatron.core.parallel_state")
-    if parallel_state is not None:
-        parallel_state.destroy_model_parallel()
-    comm = sys.modules.get("deepspeed.comm.comm")
-    if comm is not None:
-        comm.cdb = None
-    groups = sys.modules.get("deepspeed.utils.groups")
-    if groups is not None:
-        for name in ("mpu", "_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP"):
-            if name in vars(groups):
-                setattr(groups, name, {} if name == "_EXPERT_PARALLEL_GROUP" else None)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _context() -> Any:
+    """Return the multiprocessing context whose server has everything imported."""
+    global _started
+    context = mp.get_context("forkserver")
+    if not _started:
+        paths = [*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        context.set_forkserver_preload(["rank_preload"])
+        _started = True
+    return context
 
 
 class RankPool:
-    """A fixed number of rank processes."""
+    """Runs functions on a number of ranks."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._folder = Path(tempfile.mkdtemp(prefix=f"ranks{size}_"))
-        self._processes: list[mp.process.BaseProcess] = []
-        self._pipes: list[Connection] = []
-
-    def _start(self) -> None:
-        context = mp.get_context("spawn")
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            arguments = (rank, self.size, theirs, str(self._output(rank)))
-            process = context.Process(target=_worker, args=arguments, daemon=False, name=f"rank {rank}")
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-
-    def _output(self, rank: int) -> Path:
-        return self._folder / f"rank{rank}.log"
 
     def run(self, target: str, *args: Any, timeout: float = 120.0) -> list[Any]:
         """Call ``module:function`` with `args` on every rank; return the results in rank order.
@@ -110,50 +78,66 @@ class RankPool:
         Raises:
             RankError: naming the first rank that failed.
         """
-        if not self._processes:
-            self._start()
-            timeout += IMPORT_SECONDS
+        timeout += 0.0 if _started else IMPORT_SECONDS
+        context = _context()
         port = free_port()
-        for pipe in self._pipes:
-            pipe.send((target, args, port))
+        with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
+            processes, pipes = [], []
+            for rank in range(self.size):
+                ours, theirs = context.Pipe()
+                environment = self._environment(rank, port)
+                arguments = (target, args, environment, theirs, f"{folder}/{rank}.log")
+                process = context.Process(target=_rank, args=arguments, name=f"rank {rank}")
+                process.start()
+                theirs.close()
+                processes.append(process)
+                pipes.append(ours)
+            try:
+                return self._collect(processes, pipes, time.monotonic() + timeout, Path(folder))
+            finally:
+                for process, pipe in zip(processes, pipes, strict=True):
+                    process.kill()
+                    process.join()
+                    pipe.close()
+
+    def _environment(self, rank: int, port: int) -> dict[str, str]:
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def _collect(
+        self, processes: list[Any], pipes: list[Connection], deadline: float, folder: Path
+    ) -> list[Any]:
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout
         while len(results) < self.size:
-            waiting = [self._pipes[rank] for rank in range(self.size) if rank not in results]
+            waiting = [pipes[rank] for rank in range(self.size) if rank not in results]
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 silent = sorted(set(range(self.size)) - set(results))
-                self._fail(silent[0], f"no answer within {timeout:.0f} s (silent ranks: {silent})")
+                raise self._error(silent[0], f"no answer in time (silent ranks: {silent})", folder)
             for pipe in ready:
-                rank = self._pipes.index(pipe)
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    kind, value = pipe.recv()
-                except EOFError:
-                    self._fail(rank, f"died with exit code {self._processes[rank].exitcode}")
+                    kind, value = pipe.recv()  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
+                    processes[rank].join(5)
+                    code = processes[rank].exitcode
+                    raise self._error(rank, f"died with exit code {code}", folder) from None
                 if kind == "error":
-                    self._fail(rank, value)
+                    raise self._error(rank, value, folder)
                 results[rank] = value
         return [results[rank] for rank in range(self.size)]
 
-    def _fail(self, rank: int, message: str) -> None:
-        time.sleep(0.2)  # the last lines of the output
-        output = self._output(rank).read_text(errors="replace").splitlines()[-40:]
-        self.close()
-        raise RankError(f"rank {rank} of {self.size}: {message}\nits last output:\n" + "\n".join(output))
-
-    def close(self) -> None:
-        """End the processes."""
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            try:
-                pipe.send(None)
-            except OSError:
-                pass
-            process.join(timeout=0.5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            pipe.close()
-        self._processes, self._pipes = [], []
+    def _error(self, rank: int, message: str, folder: Path) -> RankError:
+        path = folder / f"{rank}.log"
+        output = path.read_text(errors="replace").splitlines()[-40:] if path.is_file() else []
+        text = "\n".join(output)
+        return RankError(f"rank {rank} of {self.size}: {message}\nits last output:\n{text}")
 
 
 def run_script(argv: Sequence[str]) -> int:
@@ -161,3 +145,14 @@ def run_script(argv: Sequence[str]) -> int:
     import pretrain_gpt
 
     return int(pretrain_gpt.run([str(argument) for argument in argv]))
+
+
+def run_script_with_output(argv: Sequence[str]) -> tuple[int, str]:
+    """Run ``launch/pretrain_gpt.py`` in this rank; return its exit status and what it wrote to stderr."""
+    import contextlib
+    import io
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        status = run_script(argv)
+    return status, errors.getvalue()

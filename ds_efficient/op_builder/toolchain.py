@@ -72,7 +72,7 @@ class Nvcc:
                 )
                 raise OpBuildError(
                     f"{self.path} (CUDA {self.version[0]}.{self.version[1]}) cannot compile for {arch} "
-                    f"(knows {known}); set TORCH_CUDA_ARCH_LIST to one of these, or install a newer CUDA toolkit"
+                    f"(knows {known}); set TORCH_CUDA_ARCH_LIST to one of these, or install a newer CUDA"
                 )
 
 

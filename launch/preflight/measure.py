@@ -25,7 +25,7 @@ class Clock:
     error: float
 
 
-def clock_offset(peer: int, group: dist.ProcessGroup, clock: Callable[[], float] = time.time) -> Clock | None:
+def clock_offset(peer: int, clock: Callable[[], float] = time.time) -> Clock | None:
     """Measure the clock of rank `peer` against rank 0's; call on both.
 
     Rank 0 notes its time, asks, and notes its time again. The peer's answer was written in between, so the
@@ -37,15 +37,15 @@ def clock_offset(peer: int, group: dist.ProcessGroup, clock: Callable[[], float]
     box = torch.zeros(1, dtype=torch.float64)
     if dist.get_rank() != 0:
         for _ in range(_ROUNDS):
-            dist.recv(box, src=0, group=group)
+            dist.recv(box, src=0)
             box[0] = clock()
-            dist.send(box, dst=0, group=group)
+            dist.send(box, dst=0)
         return None
     best = Clock(0.0, float("inf"))
     for _ in range(_ROUNDS):
         begin = clock()
-        dist.send(box, dst=peer, group=group)
-        dist.recv(box, src=peer, group=group)
+        dist.send(box, dst=peer)
+        dist.recv(box, src=peer)
         end = clock()
         if (end - begin) / 2 < best.error:
             best = Clock(float(box[0]) - (begin + end) / 2, (end - begin) / 2)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from preflight.facts import Facts
 from preflight.measure import Clock, Folder, Reduction
@@ -32,6 +32,17 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def distinct_hosts(facts: Sequence[Facts]) -> list[Facts]:
+    """Give hosts of one name (containers, say) a number: each first local rank begins a host."""
+    seen: Counter[str] = Counter()
+    named = []
+    for fact in facts:
+        seen[fact.host] += fact.local_rank == 0
+        number = seen[fact.host]
+        named.append(replace(fact, host=f"{fact.host}#{number}") if number > 1 else fact)
+    return named
 
 
 def hosts_of(facts: Sequence[Facts]) -> dict[str, list[int]]:
@@ -65,6 +76,14 @@ def differing(facts: Sequence[Facts], value: Callable[[Facts], str | None]) -> s
     return "; ".join(parts)
 
 
+def _entry(group: str, name: str) -> Callable[[Facts], str | None]:
+    return lambda fact: getattr(fact, group).get(name)
+
+
+def _op_state(name: str) -> Callable[[Facts], str | None]:
+    return lambda fact: fact.ops.get(name, "unknown").partition(":")[0]
+
+
 def compare_facts(facts: Sequence[Facts], expected_world: int | None) -> Verdict:
     """Compare versions, devices, environment and ops of all ranks."""
     verdict = Verdict()
@@ -81,9 +100,7 @@ def compare_facts(facts: Sequence[Facts], expected_world: int | None) -> Verdict
             verdict.warnings.append(f"{name}: {difference}")
     leaders = [fact for fact in facts if fact.local_rank == 0]
     for name in sorted({name for fact in leaders for name in fact.ops}):
-        difference = differing(
-            leaders, lambda fact, name=name: fact.ops.get(name, "unknown").partition(":")[0]
-        )  # type: ignore[misc]
+        difference = differing(leaders, _op_state(name))
         if difference:
             verdict.warnings.append(f"op {name}: {difference}; run `ds_efficient prebuild` on each host")
     return verdict
@@ -157,8 +174,8 @@ def judge_folder(what: str, folders: Mapping[str, Folder], *, required: bool) ->
         if network and not apart:
             verdict.warnings.append(
                 f"{what}: shared by all hosts over {', '.join(sorted(network))}, where locks of torch's "
-                "own JIT builds may outlive their process; build before the run: `ds_efficient prebuild`, or set "
-                "TORCH_EXTENSIONS_DIR to a local folder"
+                "own JIT builds may outlive their process; build before the run (`ds_efficient prebuild`), "
+                "or set TORCH_EXTENSIONS_DIR to a local folder"
             )
     return verdict
 

@@ -75,9 +75,12 @@ def test_choice_on_cuda_equals_cpu(n, k, batch):
 
 
 def test_kernels_run_on_the_current_stream():
+    kr.normal(3, 10, device="cuda")  # builds and loads
+    kr.sample_k_of_n(3, 10, 2, device="cuda")
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
         late = torch.ones(1, device="cuda")
         drawn = kr.normal(3, 100_000, device="cuda") * late
         rows = kr.sample_k_of_n(3, 4096, 100, batch=8, device="cuda")

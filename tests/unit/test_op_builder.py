@@ -23,10 +23,7 @@ from ds_efficient.errors import OpBuildError
 from ds_efficient.op_builder import all_ops, inventory, toolchain
 from ds_efficient.op_builder import compile as compiler
 from ds_efficient.op_builder.all_ops import ALL_OPS, OpSpec, find_op, select_ops
-from ds_efficient.op_builder.arch import Arch, archs_of_devices, check_devices, gencode_flags, parse_arch_list
 from ds_efficient.op_builder.locks import LockTimes
-
-H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
 
 
 @pytest.fixture
@@ -56,11 +53,18 @@ def fake_compiler(tmp_path: Path, body: str) -> str:
     return str(path)
 
 
-def build_in_processes(spec: OpSpec, count: int) -> list[object]:
+def wait_for(folder: Path) -> str:
+    return f"while [ ! -e {folder}/go ]; do sleep 0.05; done"
+
+
+def build_in_processes(spec: OpSpec, count: int, go: Path) -> list[object]:
+    """Build in several processes; once all are on their way, make ``go``: the fake compiler waits for it."""
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
+    barrier = context.Barrier(count + 1)
 
     def work() -> None:
+        barrier.wait()
         try:
             queue.put(compiler.build(spec, times=LockTimes(poll=0.02)).fresh)
         except OpBuildError as error:
@@ -68,14 +72,17 @@ def build_in_processes(spec: OpSpec, count: int) -> list[object]:
 
     processes = [context.Process(target=work) for _ in range(count)]
     [process.start() for process in processes]
+    barrier.wait()
+    time.sleep(1)
+    go.touch()
     results = [queue.get() for _ in processes]
     [process.join() for process in processes]
     return results
 
 
 def test_four_processes_build_once(cache, spec, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path, 'sleep 0.3; exec c++ "$@"'))
-    assert sorted(build_in_processes(spec, 4)) == [False, False, False, True]
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, f'{wait_for(tmp_path)}; exec c++ "$@"'))
+    assert sorted(build_in_processes(spec, 4, tmp_path / "go")) == [False, False, False, True]
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 2  # one compiles, one links
     history = list(cache.rglob("history.log"))
@@ -84,10 +91,9 @@ def test_four_processes_build_once(cache, spec, tmp_path, monkeypatch):
 
 
 def test_a_failing_build_fails_once_and_tells_every_process(cache, spec, tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "CXX", fake_compiler(tmp_path, "sleep 0.3; echo 'op.cpp:1: error: no such thing'; exit 1")
-    )
-    results = build_in_processes(spec, 4)
+    failing = f"{wait_for(tmp_path)}; echo 'op.cpp:1: error: no such thing'; exit 1"
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, failing))
+    results = build_in_processes(spec, 4, tmp_path / "go")
     assert all("no such thing" in text and "build.log" in text for text in results)
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
 
@@ -202,89 +208,6 @@ def test_no_architecture(cache, monkeypatch):
     monkeypatch.setattr(compiler, "visible_gpus", list)
     with pytest.raises(OpBuildError, match=r"no CUDA architecture(.|\n)*TORCH_CUDA_ARCH_LIST(.|\n)*--arch"):
         compiler.build(find_op("keyed_random", "cuda"))
-
-
-# ---- architectures ----
-
-
-@pytest.mark.parametrize(
-    ("text", "parsed"),
-    [
-        ("9.0a", [Arch(9, 0, "a")]),
-        ("8.0;9.0a+PTX", [Arch(8, 0), Arch(9, 0, "a", True)]),
-        (" 9.0 8.6, 8.6 ", [Arch(8, 6), Arch(9, 0)]),
-        ("10.0a;12.0f", [Arch(10, 0, "a"), Arch(12, 0, "f")]),
-    ],
-)
-def test_architecture_lists(text, parsed):
-    assert list(parse_arch_list(text)) == parsed
-
-
-@pytest.mark.parametrize("text", ["9", "sm_90", "9.0b", "9.0+ptx", "8.0;Hopper", ";", "9.00"])
-def test_malformed_architecture_lists_are_named(text):
-    with pytest.raises(
-        OpBuildError, match=r'TORCH_CUDA_ARCH_LIST=(.|\n)*is not a CUDA architecture(.|\n)*"9.0a"'
-    ):
-        parse_arch_list(text)
-
-
-def test_gencode_flags():
-    flags = " ".join(gencode_flags(parse_arch_list("8.0;9.0a+PTX")))
-    assert flags == (
-        "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a "
-        "-gencode arch=compute_90a,code=compute_90a"
-    )
-
-
-@pytest.mark.parametrize(
-    ("entry", "capability", "serves"),
-    [
-        ("8.0", (8, 0), True), ("8.0", (8, 6), True), ("8.6", (8, 0), False), ("8.0", (9, 0), False),
-        ("8.0+PTX", (9, 0), True), ("9.0a", (9, 0), True), ("9.0a+PTX", (10, 0), False),
-        ("9.0", (9, 0), True),
-        ("10.0f", (10, 3), True), ("10.0a", (10, 3), False),
-    ],
-)  # fmt: skip
-def test_which_gpus_an_entry_serves(entry, capability, serves):
-    assert parse_arch_list(entry)[0].serves(capability) is serves
-
-
-def test_list_without_code_for_a_gpu_names_gpu_and_entry(cache, monkeypatch):
-    monkeypatch.setattr(compiler, "visible_gpus", lambda: [H100])
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    with pytest.raises(OpBuildError, match=r'no code for the GPU NVIDIA H100(.|\n)*write "8.0;9.0a"'):
-        compiler.target_archs()
-    check_devices(parse_arch_list("8.0;9.0a"), [H100], source="x")
-
-
-def test_old_nvcc_is_named_with_what_it_knows():
-    old = toolchain.Nvcc("/opt/cuda/bin/nvcc", (11, 8), frozenset({"80", "90"}))
-    old.check(parse_arch_list("8.0;9.0+PTX"))
-    for text in ("9.0a", "10.0"):
-        with pytest.raises(
-            OpBuildError, match=r"/opt/cuda/bin/nvcc \(CUDA 11.8\) cannot compile for .*knows 8.0, 9.0"
-        ):
-            old.check(parse_arch_list(text))
-
-
-def test_visible_gpus_decide_without_a_list(cache, monkeypatch):
-    monkeypatch.setattr(compiler, "visible_gpus", lambda: [H100, H100, ("A100", (8, 0))])
-    assert compiler.target_archs() == parse_arch_list("8.0;9.0a") == archs_of_devices([(9, 0), (8, 0)])
-
-
-def test_one_prebuild_for_several_architectures_is_found_by_every_node(cache, monkeypatch):
-    spec = find_op("keyed_random", "cuda")
-    folder = compiler._folder(spec, parse_arch_list("8.0;9.0a+PTX"))
-    folder.mkdir(parents=True)
-    (folder / f"{spec.full_name}.so").write_bytes(b"")
-    for gpus, found in (
-        ([H100], True),
-        ([("A100", (8, 0)), H100], True),
-        ([("B200", (10, 0))], False),
-        ([], False),
-    ):
-        monkeypatch.setattr(compiler, "visible_gpus", lambda gpus=gpus: gpus)
-        assert (compiler.find_built(spec) is not None) is found
 
 
 # ---- table and builders ----

@@ -178,7 +178,8 @@ LLAMA_70B = (
     "--world-size 1024 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --sequence-parallel "
     "--num-layers 80 --hidden-size 8192 --num-attention-heads 64 --group-query-attention "
     "--num-query-groups 8 --ffn-hidden-size 28672 --vocab-size 128256 --swiglu --normalization RMSNorm "
-    "--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --global-batch-size 1024"
+    "--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights "
+    "--global-batch-size 1024"
 ).split()
 
 
