@@ -60,8 +60,10 @@ CASES = {
 
 def command(case: Case, folder: Path, arguments: argparse.Namespace) -> list[str]:
     """Return the command line of a case; writes its DeepSpeed config."""
+    # "fused": false would choose torch's loop over tensors; leaving it out is torch's default (foreach).
+    params = {"torch_adam": True, **({"fused": True} if case.fused_adam else {})}
     config = {
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": case.fused_adam}},
+        "optimizer": {"type": "AdamW", "params": params},
         "zero_optimization": {"stage": case.zero},
         "bf16": {"enabled": not arguments.fp32},
     }
