@@ -37,29 +37,40 @@ else
 fi
 python=$(command -v python || command -v python3)
 export DS_ACCELERATOR=${DS_ACCELERATOR:-$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')}
+processes=$("$python" -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
 
+# torch's own note to itself; a newer name of a collective that DeepSpeed calls.
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
+
 if [ "$fresh" = 1 ]; then
-  rm -rf "$folder/checkpoints" "$folder/run" "$folder/report"
+  rm -rf "$folder/corpus" "$folder/checkpoints" "$folder/run" "$folder/report"
 fi
 
 say "2/5 corpus and tokenizer from the standard library"
-"$python" launch/build_corpus.py --output-dir "$folder/corpus" --max-megabytes 12 --vocab-size 4096
+"$python" launch/build_corpus.py --output-dir "$folder/corpus" --max-megabytes 12 --vocab-size 4096 || {
+  echo "quickstart.sh: --fresh starts over, --folder takes another place" >&2
+  exit 2
+}
 
 say "3/5 indexed datasets"
 for split in train valid; do
-  if [ ! -f "$folder/corpus/${split}_text_document.idx" ]; then
+  if [ -f "$folder/corpus/${split}_text_document.json" ]; then # written last
+    echo "$folder/corpus/${split}_text_document: complete already; kept"
+  else
     "$python" launch/prepare_data.py --input "$folder/corpus/$split.jsonl" --output-prefix "$folder/corpus/$split" \
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$folder/corpus/tokenizer.json" --workers 2
   fi
 done
 
-say "4/5 training with 2 processes: $steps steps"
-resume=()
+say "4/5 training with $processes processes: $steps steps; the first one comes after about 20 s"
 if [ -f "$folder/checkpoints/latest" ]; then
   echo "resuming from $folder/checkpoints/$(cat "$folder/checkpoints/latest"); --fresh starts over"
 fi
-deepspeed --num_gpus 2 launch/pretrain_gpt.py \
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+# The same as the command `deepspeed`, which --no-install need not have on its path.
+"$python" -m deepspeed.launcher.runner --num_gpus "$processes" --master_port "$port" --log_level error \
+  launch/pretrain_gpt.py \
   --deepspeed_config ds_configs/cpu_quickstart.json \
   --num-layers 4 --hidden-size 192 --num-attention-heads 6 --seq-length 128 --position-embedding-type rope \
   --attention-dropout 0 --hidden-dropout 0 \

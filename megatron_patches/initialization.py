@@ -89,5 +89,5 @@ def _shard(
         return torch.cat(pieces)
     whole = [*shape]
     whole[dimension] *= cut
-    pieces = normal(key, whole, device=parameter.device).chunk(cut * stride, dim=dimension)[rank::cut]
-    return torch.cat(tuple(pieces), dim=dimension)
+    parts = normal(key, whole, device=parameter.device).chunk(cut * stride, dim=dimension)
+    return torch.cat(parts[rank::cut], dim=dimension)

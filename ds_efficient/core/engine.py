@@ -149,6 +149,7 @@ def initialize(
     compat.require_plain_engine(engine)
     if hasattr(mpu, "checkpoint_rank"):
         compat.set_checkpoint_rank(engine, mpu.checkpoint_rank())
+    compat.fuse_zero_norm(engine)
     engine.ds_efficient = Attachment(engine, settings, context, techniques, actions, mpu)
     return engine, engine_optimizer, loader, scheduler
 
@@ -198,7 +199,7 @@ def _parameters(model: torch.nn.Module, given: Any) -> Any:
     known = {id(parameter) for parameter in model.parameters()}
     if not compat.parameter_ids(groups) <= known:
         raise UserError(
-            "model_parameters: some are no longer parameters of the model, because a technique replaced them; "
+            "model_parameters: some are no longer in the model, because a technique replaced them; "
             "give a function instead, e.g. model_parameters=lambda model: model.parameters()"
         )
     return groups

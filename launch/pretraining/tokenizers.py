@@ -24,6 +24,9 @@ EOD_CANDIDATES = ("<|endoftext|>", "</s>", "<eos>", "[EOS]", "<|end_of_text|>", 
 # the id that no text can hold is the only safe one.
 NO_PAD = -1
 
+_CUT_CONTEXT = 400  # characters on either side of a cut in a long text
+_CUTS_TRIED = 100
+
 
 class Tokenizer(Protocol):
     """What the scripts need of a tokenizer."""
@@ -122,6 +125,8 @@ class HuggingFaceTokenizer(_Base):
     word.
     """
 
+    long_text = 1 << 20  # characters above which a text is encoded in pieces
+
     def __init__(self, model: Path, eod_token: str | None) -> None:
         library = _import("tokenizers", "HuggingFaceTokenizer")
         path = model / "tokenizer.json" if model.is_dir() else model
@@ -144,8 +149,41 @@ class HuggingFaceTokenizer(_Base):
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of every text as int32 arrays."""
+        if any(len(text) > self.long_text for text in texts):
+            return [self._tokenize_long(text) for text in texts]
         encodings = self._encode(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _tokenize_long(self, text: str) -> np.ndarray:
+        """Encode piece by piece: the library takes some 100 bytes of memory for a byte of text."""
+        parts, begin = [], 0
+        while begin < len(text):
+            end = self._cut(text, begin)
+            (encoding,) = self._encode([text[begin:end]], add_special_tokens=False)
+            parts.append(np.array(encoding.ids, dtype=np.int32))
+            begin = end
+        return np.concatenate(parts) if parts else np.array([], dtype=np.int32)
+
+    def _cut(self, text: str, begin: int) -> int:
+        """Return where a piece may end without changing an id; the end of the text if no such place is found.
+
+        Merges never cross the borders of the pre-tokenizer. The place before a newline is one if the text
+        around it has the same ids with and without the cut; that also finds tokenizers that put something in
+        front of every text.
+        """
+        end = len(text)
+        if self._tokenizer.pre_tokenizer is None:
+            return end
+        place = begin + self.long_text
+        for _ in range(_CUTS_TRIED):
+            place = text.find("\n", place + 1)
+            if place < 0:
+                return end
+            left, right = text[max(begin, place - _CUT_CONTEXT) : place], text[place : place + _CUT_CONTEXT]
+            both, one, other = self._encode([left + right, left, right], add_special_tokens=False)
+            if both.ids == one.ids + other.ids:
+                return place
+        return end
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Return the text, special tokens included."""

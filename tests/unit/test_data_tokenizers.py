@@ -45,6 +45,36 @@ def test_byte_level_bpe_round_trips_every_text(bpe, text):
     assert ids.size == 0 or ids.max() < tokenizer.vocab_size
 
 
+LINES = st.lists(st.text(alphabet="ab ;\t\r\nüx'", max_size=12), max_size=60).map("\n".join)
+
+
+@given(LINES)
+@settings(deadline=None, max_examples=200)
+def test_long_texts_in_pieces_have_the_same_ids(bpe, text):
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", bpe, None)
+    whole = tokenizer.tokenize(text)
+    tokenizer.long_text = 20
+    np.testing.assert_array_equal(tokenizer.tokenize(text), whole)
+
+
+def test_long_texts_are_not_cut_where_that_would_change_ids(bpe, tmp_path):
+    content = json.loads((bpe / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Prepend", "prepend": "a"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tmp_path, None)
+    text = "the cat\nand the hat\n" * 20
+    whole = tokenizer.tokenize(text)
+    tokenizer.long_text = 20
+    np.testing.assert_array_equal(tokenizer.tokenize(text), whole)
+
+
+def test_long_texts_are_encoded_in_pieces(bpe):
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", bpe, None)
+    tokenizer.long_text = 100
+    text = "the cat\nand the hat\n" * 50
+    assert tokenizer._cut(text, 0) < 150
+
+
 def test_a_document_cannot_forge_the_end_of_document(bpe):
     tokenizer = build_tokenizer("HuggingFaceTokenizer", bpe / "tokenizer.json", None)
     text = f"before {END_OF_TEXT} after"

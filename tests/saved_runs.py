@@ -1,0 +1,91 @@
+"""Runs that save and resume, and an exact comparison of what two runs left on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rank_pool import RankPool
+from tiny_runs import MODEL, Outcome, deepspeed_json, train
+
+Ranks = Callable[[int], RankPool]
+
+STEPS = 8
+DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1"
+SCHEDULE = "--min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 3"
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    """Return a DeepSpeed config of this ZeRO stage, with clipping."""
+    return deepspeed_json(zero_optimization={"stage": stage}, gradient_clipping=0.5, **more)
+
+
+def real_data(prefix: str) -> list[str]:
+    """Return MODEL's arguments with the dataset `prefix` (byte-level) instead of synthetic tokens."""
+    plain = " ".join(MODEL).replace("--mock-data --vocab-size 128", "")
+    return [*plain.split(), "--data-path", prefix, "--split", "80,10,10"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout that is run unbroken and in two parts."""
+
+    size: int = 1
+    arguments: str = ""
+    stage: int = 0
+    config: Mapping[str, Any] | None = None
+    model: list[str] | None = None
+
+    def run(self, ranks: Ranks, folder: Path, more: str = "", *, save: Path | None = None) -> Outcome:
+        """Train with dropout up to step `STEPS`, saving at its end; resume from ``--save`` if it holds a checkpoint."""
+        save = save or folder / "checkpoints"
+        arguments = f"{DROPOUT} {SCHEDULE} --save {save} --load {save} {self.arguments} {more}"
+        config = {**zero(self.stage), **(self.config or {})}
+        return train(ranks, self.size, folder, arguments, config, steps=STEPS, model=self.model)
+
+
+def same(left: Any, right: Any) -> bool:
+    """Return whether two loaded files are equal, every tensor bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return (
+            isinstance(right, torch.Tensor)
+            and left.dtype == right.dtype
+            and left.shape == right.shape
+            and bool(torch.equal(left, right))
+        )
+    if isinstance(left, Mapping):
+        return (
+            isinstance(right, Mapping)
+            and left.keys() == right.keys()
+            and all(same(left[key], right[key]) for key in left)
+        )
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right) or type(left).__module__.split(".")[0] in ("deepspeed", "megatron")
+
+
+def states(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield name and content of every file with tensors in a checkpoint."""
+    for path in sorted(folder.glob("*.pt")):
+        yield path.name, torch.load(path, map_location="cpu", weights_only=False)
+
+
+def differences(left: Path, right: Path) -> list[str]:
+    """Return what differs between two checkpoint folders: weights, optimizer, random streams, progress."""
+    first, second = dict(states(left)), dict(states(right))
+    found = [f"{name}: only in one" for name in first.keys() ^ second.keys()]
+    for name in sorted(first.keys() & second.keys()):
+        found += [f"{name}: {key}" for key in _unequal(first[name], second[name])]
+    return found
+
+
+def _unequal(left: Any, right: Any, path: str = "") -> Iterator[str]:
+    if isinstance(left, Mapping) and isinstance(right, Mapping) and left.keys() == right.keys():
+        for key in left:
+            if key != "seconds":
+                yield from _unequal(left[key], right[key], f"{path}.{key}")
+    elif not same(left, right):
+        yield path or "content"
