@@ -30,8 +30,8 @@ class ConfigError(UserError, ValueError):
         super().__init__("\n  ".join(lines + self.problems))
 
 
-class InactiveTechnique(UserError, RuntimeError):
-    """A technique is enabled but did nothing in the first steps; the run stops rather than go on without it."""
+class InactiveTechnique(UserError, RuntimeError):  # noqa: N818 (the public name)
+    """A technique is enabled but did nothing in the first steps; the run stops instead of going on."""
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -42,5 +42,5 @@ class OpBuildError(UserError, RuntimeError):
     """A kernel cannot be built or loaded here; says why and what to do."""
 
 
-class UnsupportedVersion(UserError, RuntimeError):
+class UnsupportedVersion(UserError, RuntimeError):  # noqa: N818
     """An installed package is older than, or unknown to, the versions this project supports."""

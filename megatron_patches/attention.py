@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ds_efficient.errors import UserError
 
-# Legend: S query length, T key length, B batch, H heads of this rank, G query groups of this rank, D head size.
+# Legend: S query length, T key length, B batch, D head size; H heads and G query groups of this rank.
 
 
 class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]

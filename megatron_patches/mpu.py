@@ -4,7 +4,7 @@ parallel_state cannot be handed over directly: it lacks ``get_model_parallel_wor
 
 - `get_model_parallel_rank` is the *tensor*-parallel rank. DeepSpeed counts replicated parameters in the
   gradient norm only where it is 0, so the full rank would lose the norms and biases of later pipeline stages.
-  Checkpoint files need the full rank instead: `ds_efficient.core.deepspeed_compat.set_checkpoint_rank` sets it.
+  Checkpoint files need the full rank instead: `deepspeed_compat.set_checkpoint_rank` sets it.
 - Methods named ``*_sequence_parallel_*`` must not exist: for DeepSpeed they mean Ulysses.
 """
 

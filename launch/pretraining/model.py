@@ -134,7 +134,7 @@ def build_model(args: argparse.Namespace, settings: Settings, vocab_size: int, e
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups: matrices with decay; biases and norms (one dimension) without, as Megatron-LM does."""
+    """Return two groups, as Megatron-LM does: matrices with decay; biases and norms without."""
     decayed, plain = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
