@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings = reconcile(args, efficiency.deepspeed, world_size)
     efficiency = load_config(dict(settings.deepspeed))
-    setup.check_environment(args, efficiency)
     setup.check_layout(args, settings, world_size)
     tokenizer = setup.build_tokenizer_from(args)
+    setup.check_environment(args, efficiency)
 
     # Process groups and random streams.
     setup.start_processes(args)
@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     model = build_model(args, settings, vocab_size, efficiency)
     optimizer_params = settings.deepspeed["optimizer"]["params"]
-    schedule = (
-        schedule_from(args, optimizer_params["lr"], settings.train_iters) if settings.own_schedule else None
-    )
+    schedule = None
+    if settings.own_schedule and not args.skip_train:
+        schedule = schedule_from(args, optimizer_params["lr"], settings.train_iters)
     engine, _, _, _ = ds_efficient.initialize(
         model=model,
         model_parameters=lambda changed: parameter_groups(changed, optimizer_params["weight_decay"]),
@@ -86,18 +86,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretraining import checkpoints
 
     data = setup.Data(args, settings, tokenizer, parallel)
-    progress = checkpoints.Progress(requested_samples=settings.train_iters * settings.global_batch_size)
-    checkpoints.register_states(engine, progress)
-    resumed = checkpoints.load(engine, args, progress)
+    progress = checkpoints.Progress()
+    order = checkpoints.DataOrder(data.datasets.identity, data.datasets.changes_since)
+    checkpoints.register_states(engine, args, settings, vocab_size, progress, order)
+    resumed = checkpoints.load(engine, args, settings, progress, order)
     setup.announce(args, settings, engine, vocab_size, progress, log, resumed)
 
     # Training.
     trainer = setup.build_trainer(args, settings, engine, data, progress, parallel, log, vocab_size)
     if args.skip_train:
+        setup.require_eval_splits(data)
         for split in data.eval_splits:
             trainer.evaluate(split)
+        trainer.finish("--skip-train")
     elif progress.step >= settings.train_iters:
         logger.info("nothing to do: the checkpoint is at step %d of %d", progress.step, settings.train_iters)
+        trainer.finish(f"--train-iters {settings.train_iters} reached")
     else:
         trainer.run()
         if "test" in data.eval_splits and args.eval_iters > 0 and progress.step >= settings.train_iters:
@@ -129,13 +133,21 @@ def _shut_down() -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> Any:
-    """Run `main`; users' mistakes become one message and exit status 2."""
+    """Run `main`; users' mistakes become one message and exit status 2, whichever ranks they happen on."""
     try:
         status = main(argv)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"pretrain_gpt.py: {error}", file=sys.stderr, flush=True)
+        from pretraining import failure
+
+        failure.report(error)
         return USER_ERROR_EXIT
+    except Exception as error:
+        from pretraining import failure
+
+        if not failure.is_lost_connection(error):
+            raise
+        failure.report_lost_connection()
+        return 1
     _shut_down()
     return status
 

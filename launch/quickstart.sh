@@ -36,8 +36,10 @@ else
   say "1/5 environment: as it is"
 fi
 python=$(command -v python || command -v python3)
-export DS_ACCELERATOR=${DS_ACCELERATOR:-$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')}
-processes=$("$python" -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
+read -r accelerator processes < <("$python" -c 'import torch
+gpus = torch.cuda.device_count()
+print("cuda" if gpus else "cpu", min(2, gpus) or 2)')
+export DS_ACCELERATOR=${DS_ACCELERATOR:-$accelerator}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
 
 # torch's own note to itself; a newer name of a collective that DeepSpeed calls.

@@ -69,6 +69,9 @@ _IN_PLACE_DRAWS = set(
 )
 _OWN_GENERATORS = set("Generator Philox PCG64 SeedSequence default_rng Random".split())
 
+_PICKLING = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
+_PICKLE_ERRORS = ("PickleError", "PicklingError", "UnpicklingError")
+
 # Paths of some developer's machine, and hosts of package registries.
 PRIVATE_TEXT = re.compile(
     r"(?<![\w.])/(?:home/(?!x\b)|root/|Users/|work/)|/tmp/dev\b|[\w.-]*pypi\w*\.org|pythonhosted"
@@ -248,8 +251,13 @@ def global_random(module: Module) -> Iterator[str]:
 def pickles(module: Module) -> Iterator[str]:
     """Ways of reading files that run code from them."""
     for line, name in imports(module):
-        if name.split(".")[0] in ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"):
+        home, _, rest = name.partition(".")
+        if home in _PICKLING and (home != "pickle" or (rest and rest not in _PICKLE_ERRORS)):
             yield f"{module.path}:{line} imports {name}"
+    for node in ast.walk(module.tree):
+        home, _, rest = _dotted(node).partition(".")
+        if home == "pickle" and rest and rest not in _PICKLE_ERRORS:
+            yield f"{module.path}:{node.lineno} uses pickle.{rest}"  # type: ignore[attr-defined]
     for node in ast.walk(module.tree):
         if not isinstance(node, ast.Call):
             continue

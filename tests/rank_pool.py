@@ -38,7 +38,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank(target: str, args: Sequence[Any], environment: dict[str, str], pipe: Connection, output: str) -> None:
+def _rank(
+    target: str, args: Sequence[Any], environment: dict[str, str], pipe: Connection, output: str
+) -> None:
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -61,6 +63,8 @@ def _context() -> Any:
     if not _started:
         paths = [*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        # Asking NVML leaves CUDA uninitialised, so that the forked ranks can use the GPU.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         context.set_forkserver_preload(["rank_preload"])
         _started = True
     return context

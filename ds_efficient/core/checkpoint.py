@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,16 @@ from ds_efficient.version import __version__
 
 logger = logging.getLogger(__name__)
 
+_LOAD_ERRORS = (
+    RuntimeError,
+    KeyError,
+    ValueError,
+    AssertionError,
+    EOFError,
+    OSError,
+    pickle.UnpicklingError,
+)
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -32,13 +45,16 @@ class CheckpointStore:
     """Saves and restores registered states with the engine's checkpoints.
 
     Wraps ``engine.save_checkpoint`` and ``engine.load_checkpoint``; both stay collective and keep their
-    arguments and results. ``latest`` is written last, atomically, after everything else is on disk.
+    arguments and results. A checkpoint is written under another name and gets its own when it is whole;
+    ``latest`` is written last, atomically. A run killed at any moment leaves the previous checkpoint.
     """
 
     def __init__(self, engine: Any, context: RunContext) -> None:
         self._engine = engine
         self._context = context
         self._entries: dict[str, _Entry] = {}
+        self._facts: dict[str, Any] = {}
+        self._weights_facts: dict[str, Any] = {}
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.layout = files.Layout(
             world_size=world,
@@ -72,6 +88,16 @@ class CheckpointStore:
             raise ValueError(f"state {name!r} is registered twice")
         self._entries[name] = _Entry(get, set, version, each_rank)
 
+    def require_equal(self, facts: Mapping[str, Any], *, weights_only: bool = True) -> None:
+        """Record `facts` in every checkpoint; refuse to load one that was saved with others.
+
+        Args:
+            facts: plain values by the name that a user knows (an argument or a key).
+            weights_only: they matter too where only the weights are loaded.
+        """
+        files.check_plain(facts, "facts")
+        (self._weights_facts if weights_only else self._facts).update(facts)
+
     def _shared_file(self) -> str:
         context = self._context
         rank = context.pipeline_parallel_rank * context.tensor_parallel_size + context.tensor_parallel_rank
@@ -101,16 +127,23 @@ class CheckpointStore:
         ) -> Any:
             tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"
             folder = Path(save_dir) / tag
-            _on_every_rank(lambda: self._write_states(folder), f"--save {save_dir}")
-            result = original(
-                save_dir,
-                tag,
-                client_state=dict(client_state or {}),
-                save_latest=False,
-                exclude_frozen_parameters=exclude_frozen_parameters,
-            )
+            _on_first_rank(lambda: files.begin_saving(folder))
+            staging = folder.with_name(folder.name + files.SAVING)
+            _on_every_rank(lambda: self._write_states(staging))
+            try:
+                result = original(
+                    save_dir,
+                    staging.name,
+                    client_state=dict(client_state or {}),
+                    save_latest=False,
+                    exclude_frozen_parameters=exclude_frozen_parameters,
+                )
+            except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+                raise CheckpointError(
+                    f"{folder}: cannot be written: {_shortened(error)}; earlier checkpoints are untouched"
+                ) from error
             _barrier()
-            _on_first_rank(lambda: self._finish(Path(save_dir), folder, save_latest), f"--save {save_dir}")
+            _on_first_rank(lambda: self._finish(staging, folder, save_latest))
             return result
 
         return save_checkpoint
@@ -122,10 +155,13 @@ class CheckpointStore:
         if any(entry.each_rank for entry in self._entries.values()):
             files.save_tensors(folder / self._rank_file(), self._payload(each_rank=True))
 
-    def _finish(self, save_dir: Path, folder: Path, save_latest: bool) -> None:
-        files.write_manifest(folder, self.layout, {"package": __version__})
+    def _finish(self, staging: Path, folder: Path, save_latest: bool) -> None:
+        facts = {**self._weights_facts, **self._facts}
+        files.write_manifest(staging, self.layout, {"package": __version__, "facts": facts})
+        files.publish(staging, folder)
         if save_latest:
-            files.write_atomic(save_dir / files.LATEST, lambda target: target.write_text(folder.name))
+            latest = folder.parent / files.LATEST
+            files.write_atomic(latest, lambda target: target.write_text(folder.name))
 
     def _loading(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -136,39 +172,70 @@ class CheckpointStore:
                 if chosen is None:
                     return original(load_dir, tag, *args, **kwargs)
                 tag = chosen
+                weights_only = not kwargs.get("load_optimizer_states", True)
                 manifest = self._check(
-                    Path(load_dir) / chosen, weights_only=kwargs.get("load_module_only", False)
+                    Path(load_dir) / chosen,
+                    weights_only=weights_only or kwargs.get("load_module_only", False),
                 )
+            partial = self.layout.zero_stage == 3 and not kwargs.get("load_optimizer_states", True)
+            view = self._weights_view(Path(load_dir), str(tag)) if partial else _as_is(load_dir)
             try:
-                result = original(load_dir, tag, *args, **kwargs)
-            except (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSError) as error:
+                with view as source:
+                    result = original(source, tag, *args, **kwargs)
+            except _LOAD_ERRORS as error:
                 raise CheckpointError(
                     f"{load_dir}/{tag}: DeepSpeed cannot load it into this model: {_shortened(error)}"
                 ) from error
+            if partial and result[0] is not None:
+                result = (str(Path(load_dir) / str(tag)), *result[1:])
             if manifest is not None and not kwargs.get("load_module_only", False):
                 self._restore(Path(load_dir) / str(tag), manifest)
             return result
 
         return load_checkpoint
 
+    @contextlib.contextmanager
+    def _weights_view(self, load_dir: Path, tag: str) -> Iterator[str]:
+        """Show DeepSpeed one checkpoint of this model-parallel rank only.
+
+        Loading the weights of ZeRO-3 without the optimizer, DeepSpeed reads whatever ``latest`` names instead
+        of `tag`, and takes the shards of all tensor-parallel ranks for parts of one model.
+        """
+        mark = f"mp_rank_{self._engine.checkpoint_mp_rank:02d}_"
+        with tempfile.TemporaryDirectory(prefix="ds_efficient_view_") as view:
+            Path(view, files.LATEST).write_text(tag)
+            Path(view, tag).mkdir()
+            for path in (load_dir / tag).iterdir():
+                if mark in path.name:
+                    Path(view, tag, path.name).symlink_to(path.resolve())
+            yield view
+
     def _check(self, folder: Path, *, weights_only: bool) -> dict[str, Any] | None:
         """Compare layout and files before anything is read into the model."""
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such checkpoint")
+            raise CheckpointError(f"{folder}: no such checkpoint{files.others(folder.parent)}")
         manifest = files.read_manifest(folder)
         if manifest is None:
-            logger.warning(
-                "%s: has no %s: made without ds_efficient, or its save was interrupted",
-                folder,
-                files.MANIFEST,
-            )
+            if any(folder.glob("ds_efficient_*")):
+                raise CheckpointError(
+                    f"{folder}: has no {files.MANIFEST}: its save was interrupted; name another by --ckpt-step"
+                    f"{files.others(folder.parent)}"
+                )
+            logger.warning("%s: has no %s: it was made without ds_efficient", folder, files.MANIFEST)
             return None
-        _on_first_rank(lambda: files.check_files(folder, manifest), str(folder))
-        problems = [] if weights_only else self.layout.problems(manifest.get("layout", {}), universal=False)
+        _on_first_rank(lambda: files.check_files(folder, manifest))
+        problems = self.layout.problems(manifest.get("layout", {}), weights_only=weights_only)
+        facts = self._weights_facts if weights_only else {**self._weights_facts, **self._facts}
+        saved = manifest.get("facts", {})
+        problems += [
+            f"saved with {name} {saved[name]}, this run has {value}"
+            for name, value in facts.items()
+            if name in saved and saved[name] != value
+        ]
         if problems:
             raise CheckpointError(
                 f"{folder}: the checkpoint does not fit this run:\n  " + "\n  ".join(problems) + "\n  "
-                "Start on the layout it was saved with, or convert it (docs: checkpoints)."
+                "Start with the values it was saved with, or without --load."
             )
         return manifest
 
@@ -219,23 +286,29 @@ def _shortened(error: BaseException) -> str:
     return " ".join(lines[:3])[:400]
 
 
-def _on_first_rank(action: Callable[[], None], what: str) -> None:
-    _on_every_rank(action if not dist.is_initialized() or dist.get_rank() == 0 else (lambda: None), what)
+def _as_is(folder: str) -> contextlib.AbstractContextManager[str]:
+    return contextlib.nullcontext(folder)
 
 
-def _on_every_rank(action: Callable[[], None], what: str) -> None:
-    """Run `action`; where it fails on some rank, raise on all of them, so that nobody waits for ever."""
+def _on_first_rank(action: Callable[[], Any]) -> None:
+    _on_every_rank(action if not dist.is_initialized() or dist.get_rank() == 0 else (lambda: None))
+
+
+def _on_every_rank(action: Callable[[], Any]) -> None:
+    """Run `action`; where it fails on some rank, raise its message on all, so that nobody waits for ever."""
     message = ""
     try:
         action()
     except (CheckpointError, OSError) as error:
-        message = str(error)
+        message = str(error) or type(error).__name__
     if dist.is_initialized() and dist.get_world_size() > 1:
         failed = torch.tensor([int(bool(message))], dtype=torch.int32)
         if dist.get_backend() == "nccl":
             failed = failed.cuda()
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if int(failed) and not message:
-            message = f"{what}: failed on another rank; see its message"
+        if int(failed):
+            messages = [""] * dist.get_world_size()
+            dist.all_gather_object(messages, message)
+            message = "\n  ".join(dict.fromkeys(filter(None, messages)))
     if message:
         raise CheckpointError(message)

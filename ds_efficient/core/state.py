@@ -5,12 +5,16 @@ A checkpoint folder ``<save>/<tag>`` gets, before DeepSpeed's own files are decl
 - ``ds_efficient_mp_XX.pt``: replicated state of one model-parallel rank, written by data-parallel rank 0;
 - ``ds_efficient_rank_XXXXX.pt``: state that differs on each rank (random streams);
 - ``ds_efficient_manifest.json``: layout and sizes of all files, so that a truncated one is recognised.
+
+Until all that is on disk the folder is called ``<tag>.saving``: a folder under its own name is whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +27,8 @@ from ds_efficient.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "ds_efficient_manifest.json"
 LATEST = "latest"
+SAVING = ".saving"
+REPLACED = ".replaced"
 
 
 def check_plain(value: Any, where: str = "state") -> None:
@@ -51,13 +57,22 @@ def write_atomic(path: Path, write: Any) -> None:
     """Call ``write(temporary path)`` and rename; a killed process leaves the old file whole."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
+    with open(temporary, "rb") as stream:
+        os.fsync(stream.fileno())
     os.replace(temporary, path)
 
 
 def save_tensors(path: Path, payload: Mapping[str, Any]) -> None:
-    """Save tensors and plain values so that ``torch.load(weights_only=True)`` reads them."""
+    """Save tensors and plain values so that ``torch.load(weights_only=True)`` reads them.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     check_plain(payload)
-    write_atomic(path, lambda target: torch.save({"format": FORMAT, **payload}, target))
+    try:
+        write_atomic(path, lambda target: torch.save({"format": FORMAT, **payload}, target))
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -95,21 +110,32 @@ class Layout:
     pipeline_parallel_size: int
     zero_stage: int
 
-    def problems(self, saved: Mapping[str, Any], *, universal: bool) -> list[str]:
-        """Say why a checkpoint with layout `saved` cannot be loaded here; empty when it can."""
+    def problems(
+        self, saved: Mapping[str, Any], *, universal: bool = False, weights_only: bool = False
+    ) -> list[str]:
+        """Say why a checkpoint with layout `saved` cannot be loaded here; empty when it can.
+
+        Args:
+            saved: layout of the checkpoint.
+            universal: the checkpoint is DeepSpeed's universal one, which fits every layout.
+            weights_only: no optimizer state is wanted. ZeRO's stages 0 to 2 keep the weights whole, so that
+                only stage 3 must be the same then.
+        """
         problems = []
+        partitioned = 3 if weights_only else 1
         for name, flag in (
             ("tensor_parallel_size", "--tensor-model-parallel-size"),
             ("pipeline_parallel_size", "--pipeline-model-parallel-size"),
         ):
             if saved.get(name) != getattr(self, name) and not universal:
                 problems.append(f"saved with {flag} {saved.get(name)}, this run has {getattr(self, name)}")
-        if saved.get("zero_stage") != self.zero_stage and not universal:
+        stages = {saved.get("zero_stage"), self.zero_stage}
+        if len(stages) > 1 and not universal and (3 in stages or not weights_only):
             problems.append(
                 f"saved with zero_optimization.stage {saved.get('zero_stage')}, this run has {self.zero_stage}"
             )
         if (
-            self.zero_stage > 0
+            self.zero_stage >= partitioned
             and saved.get("data_parallel_size") != self.data_parallel_size
             and not universal
         ):
@@ -151,7 +177,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     if problems:
         raise CheckpointError(
             f"{folder}: the checkpoint is damaged; nothing was loaded. Name an earlier one by --ckpt-step, "
-            "or restore the files:\n  " + "\n  ".join(problems)
+            "or restore the files:\n  " + "\n  ".join(problems) + f"\n  {others(folder.parent)[2:]}"
         )
 
 
@@ -160,9 +186,49 @@ def latest_tag(save_dir: Path) -> str | None:
     path = save_dir / LATEST
     if not path.is_file():
         return None
-    tag = path.read_text().strip()
+    tag = path.read_text(errors="replace").strip()
     if not tag:
-        raise CheckpointError(f"{path}: empty; name a checkpoint by --ckpt-step")
+        raise CheckpointError(f"{path}: empty; name a checkpoint by --ckpt-step{others(save_dir)}")
     if not (save_dir / tag).is_dir():
-        raise CheckpointError(f"{path}: names {tag}, but {save_dir / tag} does not exist; use --ckpt-step")
+        raise CheckpointError(
+            f"{path}: names {tag!r}, but {save_dir / tag} does not exist; name one by --ckpt-step"
+            f"{others(save_dir)}"
+        )
     return tag
+
+
+def whole_tags(save_dir: Path) -> list[str]:
+    """Return the tags of the checkpoints in a folder that were saved to their end, by their number."""
+    found = [
+        path.parent.name
+        for path in save_dir.glob(f"*/{MANIFEST}")
+        if not path.parent.name.endswith((SAVING, REPLACED))
+    ]
+    return sorted(found, key=lambda tag: ([int(number) for number in re.findall(r"\d+", tag)], tag))
+
+
+def others(save_dir: Path) -> str:
+    """Return a list of the whole checkpoints in a folder for the end of a message."""
+    found = whole_tags(save_dir)
+    return f". There: {', '.join(found)}" if found else ". The folder holds no whole checkpoint"
+
+
+def begin_saving(folder: Path) -> Path:
+    """Return the empty folder that a checkpoint is written to before it gets its name `folder`."""
+    staging = folder.with_name(folder.name + SAVING)
+    if staging.exists():  # an earlier save was interrupted
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(staging: Path, folder: Path) -> None:
+    """Give the finished checkpoint its name, in place of an older one of the same name."""
+    replaced = folder.with_name(folder.name + REPLACED)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if folder.exists():
+        os.rename(folder, replaced)
+    os.rename(staging, folder)
+    if replaced.exists():
+        shutil.rmtree(replaced)

@@ -5,7 +5,8 @@
 #
 # HOSTFILE has one line a host: "NAME slots=NUMBER OF GPUS"; run this on the first of them. Every host needs the
 # repository and the Python environment under the same paths, and ssh without a password from here.
-# Variables are sent when they start with NCCL, PYTHON or MV2, or stand in ~/.deepspeed_env (NAME=VALUE lines).
+# Variables are sent when they start with NCCL (GPUs), PYTHON or UCX, or stand in ./.deepspeed_env or ~/.deepspeed_env
+# (NAME=VALUE lines). DeepSpeed puts arguments into single quotes for the way: none may hold one itself.
 #
 # Environment: SCRIPT (launch/pretrain_gpt.py), PYTHON (python), MASTER_ADDR (the first host), MASTER_PORT (29500).
 # Check the cluster first:  SCRIPT=launch/check_cluster.py launch/pdsh/pretrain.sh HOSTFILE -- --expect-world 16

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from ds_efficient.errors import UserError
 
@@ -30,6 +33,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise instead of printing the whole usage."""
         raise UserError(f"{message} (see --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an unknown argument is named with the known one that it resembles."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = list(self._option_string_actions)
+            named = []
+            for text in (text for text in unknown if text.startswith("-")):
+                near = difflib.get_close_matches(text.split("=")[0], flags, n=1, cutoff=0.6)
+                named.append(f"{text}: unknown argument" + (f"; did you mean {near[0]}?" if near else ""))
+            self.error("\n  ".join(named) or f"{' '.join(unknown)}: belongs to no argument")
+        return parsed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -225,7 +240,7 @@ def _check_positive(args: argparse.Namespace) -> list[str]:
         "max_position_embeddings micro_batch_size global_batch_size tensor_model_parallel_size "
         "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size train_iters "
         "train_samples save_interval eval_interval log_interval exit_interval make_vocab_size_divisible_by "
-        "recompute_num_layers distributed_timeout_minutes"
+        "recompute_num_layers distributed_timeout_minutes lr_decay_iters rotary_base"
     )
     values = ((name, getattr(args, name)) for name in names.split())
     return [
@@ -235,16 +250,22 @@ def _check_positive(args: argparse.Namespace) -> list[str]:
     ]
 
 
+_NOT_NEGATIVE = (
+    "lr min_lr lr_warmup_init weight_decay clip_grad lr_warmup_iters eval_iters num_workers ckpt_step seed "
+    "exit_duration_in_mins init_method_std norm_epsilon adam_eps"
+).split()
+
+
 def _check_ranges(args: argparse.Namespace) -> list[str]:
     problems = []
-    for name in ("attention_dropout", "hidden_dropout", "lr_warmup_fraction"):
+    for name in ("attention_dropout", "hidden_dropout", "lr_warmup_fraction", "adam_beta1", "adam_beta2"):
         value = getattr(args, name)
         if value is not None and not 0.0 <= value < 1.0:
             problems.append(f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1")
-    for name in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "eval_iters", "num_workers"):
+    for name in _NOT_NEGATIVE:
         value = getattr(args, name)
-        if value is not None and value < 0:
-            problems.append(f"--{name.replace('_', '-')} {value}: must not be negative")
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            problems.append(f"--{name.replace('_', '-')} {value}: must be a number of at least 0")
     if not 0.0 < args.rotary_percent <= 1.0:
         problems.append(f"--rotary-percent {args.rotary_percent}: must be above 0 and at most 1")
     return problems
@@ -292,14 +313,28 @@ def _check_contradictions(args: argparse.Namespace) -> list[str]:
             f"{args.seq_length}",
         ),
         (
-            args.kv_channels is None and args.hidden_size % args.num_attention_heads != 0,
+            args.kv_channels is None and args.hidden_size % max(1, args.num_attention_heads) != 0,
             f"--hidden-size {args.hidden_size}: must be a multiple of --num-attention-heads "
             f"{args.num_attention_heads}, or --kv-channels given",
         ),
         (
-            args.finetune and args.load is None,
-            "--finetune: needs --load",
+            args.group_query_attention and args.num_attention_heads % max(1, args.num_query_groups) != 0,
+            f"--num-attention-heads {args.num_attention_heads}: must be a multiple of --num-query-groups "
+            f"{args.num_query_groups}",
         ),
+        (
+            "num_query_groups" in args.given and not args.group_query_attention,
+            f"--num-query-groups {args.num_query_groups}: needs --group-query-attention",
+        ),
+        (
+            args.skip_train and args.eval_iters == 0,
+            "--skip-train and --eval-iters 0: nothing would be done; raise --eval-iters",
+        ),
+        *(
+            (getattr(args, name) and args.load is None, f"--{name.replace('_', '-')}: needs --load")
+            for name in ("finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint")
+        ),
+        (args.ckpt_step is not None and args.load is None, f"--ckpt-step {args.ckpt_step}: needs --load"),
     )
     return [message for broken, message in rules if broken]
 

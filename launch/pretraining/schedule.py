@@ -76,9 +76,10 @@ class LRScheduler:
         self.optimizer = optimizer
         self.schedule = schedule
         self.num_steps = 0
-        self._apply()
+        self.apply()
 
-    def _apply(self) -> None:
+    def apply(self) -> None:
+        """Set the rate of every group."""
         rate = self.schedule(self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
@@ -86,7 +87,7 @@ class LRScheduler:
     def step(self, increment: int = 1) -> None:
         """Go on by `increment` optimizer steps."""
         self.num_steps += increment
-        self._apply()
+        self.apply()
 
     def get_lr(self) -> list[float]:
         """Return the rate of each parameter group."""
@@ -103,4 +104,4 @@ class LRScheduler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the step count and set the rates."""
         self.num_steps = int(state["num_steps"])
-        self._apply()
+        self.apply()

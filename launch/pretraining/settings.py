@@ -199,7 +199,7 @@ def _optimizer(merge: _Merge) -> None:
         )
     kind = str(config["optimizer"].get("type", "")).lower()
     params = config["optimizer"].setdefault("params", {})
-    if merge.choose("optimizer.params.lr", "lr", args.lr) is None:
+    if merge.choose("optimizer.params.lr", "lr", 0.0 if args.skip_train else args.lr) is None:
         merge.problems.append("--lr: needed, or optimizer.params.lr in the JSON")
     merge.choose("optimizer.params.weight_decay", "weight_decay", args.weight_decay)
     if "adam" in kind or "lamb" in kind:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import itertools
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ def check_environment(args: argparse.Namespace, efficiency: Any) -> None:
         (args.run_dir, "--run-dir"),
         (args.data_cache_path, "--data-cache-path"),
     ):
-        if path is not None and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if path is not None:
             checkpoints.check_writable(path, flag)
 
 
@@ -114,7 +116,8 @@ def check_layout(args: argparse.Namespace, settings: Settings, world_size: int) 
         tied_embeddings=not args.untie_embeddings_and_output_weights,
     )
     require(layout)
-    for warning in warnings(layout):
+    # With pipeline stages the JSON holds the batch of all passes (`settings._write_batches`).
+    for warning in warnings(dataclasses.replace(layout, micro_batch_size=settings.micro_batch_size)):
         logger.warning("%s", warning)
 
 
@@ -135,7 +138,7 @@ def start_processes(args: argparse.Namespace) -> None:
         ("WORLD_SIZE", "1"),
         ("LOCAL_RANK", "0"),
         ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "29511"),
+        ("MASTER_PORT", _free_port()),
     ):
         os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -145,6 +148,12 @@ def start_processes(args: argparse.Namespace) -> None:
     if backend == "nccl" and not torch.cuda.is_available():
         raise UserError("--distributed-backend nccl: needs a GPU, and torch sees none; use gloo")
     compat.init_distributed(backend, args.distributed_timeout_minutes)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -250,8 +259,25 @@ class Data:
             )
         for batch in reader:
             yield broadcast_batch(
-                batch, self._parallel.tensor_group, self._parallel.tensor_source, self._specs, self._parallel.device
+                batch,
+                self._parallel.tensor_group,
+                self._parallel.tensor_source,
+                self._specs,
+                self._parallel.device,
             )
+
+
+def require_eval_splits(data: Data) -> None:
+    """Refuse ``--skip-train`` where there is nothing to evaluate either.
+
+    Raises:
+        UserError: no validation and no test data.
+    """
+    if not data.eval_splits:
+        raise UserError(
+            "--skip-train: there is no validation or test data; name some by --split or --valid-data-path, "
+            "and --eval-iters above 0"
+        )
 
 
 def announce(
@@ -288,9 +314,17 @@ def announce(
         )
     if log is None:
         return
-    if resumed:
+    goes_on = resumed and not args.finetune
+    continues = log.path.stat().st_size > 0
+    if not (goes_on and continues):
+        _write_start(log, args, settings, world, parameters)
+    if goes_on:
         log.write("resume", step=progress.step)
-        return
+
+
+def _write_start(
+    log: RunLog, args: argparse.Namespace, settings: Settings, world: int, parameters: int
+) -> None:
     plain = {name: value for name, value in vars(args).items() if name != "given"}
     log.write(
         "run",

@@ -5,11 +5,25 @@ from __future__ import annotations
 import argparse
 import signal
 import time
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends early.
+
+    Attributes:
+        reason: for the log.
+        urgent: somebody waits: save at once, evaluate nothing.
+    """
+
+    reason: str
+    urgent: bool
 
 
 class StopSignal:
@@ -25,27 +39,24 @@ class StopSignal:
         self._limit = None if args.exit_duration_in_mins is None else 60.0 * args.exit_duration_in_mins
         self._group = group
         self._begin = time.monotonic()
-        self._received: str | None = None
+        self._received = 0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number).name
+        self._received = number
 
-    def reason(self, step: int) -> str | None:
-        """Return why the run ends after `step`, or None; collective."""
-        own = 0
-        if self._received is not None:
-            own = 1
-        elif self._limit is not None and time.monotonic() - self._begin > self._limit:
-            own = 2
-        code = torch.tensor([own], dtype=torch.int32)
+    def after(self, step: int) -> Stop | None:
+        """Return whether and why the run ends after `step`; collective."""
+        late = self._limit is not None and time.monotonic() - self._begin > self._limit
+        # The signal's number travels, so that every rank can name it.
+        found = torch.tensor([self._received, int(late)], dtype=torch.int32)
         if dist.get_world_size(self._group) > 1:
-            dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self._group)
-        if int(code) == 1:
-            return self._received or "a signal on another rank"
-        if int(code) == 2:
-            return "--exit-duration-in-mins"
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        if int(found[0]):
+            return Stop(signal.Signals(int(found[0])).name, urgent=True)
+        if int(found[1]):
+            return Stop("--exit-duration-in-mins", urgent=True)
         if self._interval is not None and step % self._interval == 0:
-            return f"--exit-interval {self._interval}"
+            return Stop(f"--exit-interval {self._interval}", urgent=False)
         return None

@@ -75,29 +75,35 @@ class Trainer:
             progress.consumed_samples += self.settings.global_batch_size
             progress.seconds = before + time.perf_counter() - began
             self.meter.count()
-            stop = self.stop.reason(progress.step)
+            stop = self.stop.after(progress.step)
             last = progress.step == self.settings.train_iters
             if progress.step % args.log_interval == 0 or last or stop:
                 self._log(losses, rate)
                 losses = []
             pause = time.perf_counter()
-            if args.eval_interval and (progress.step % args.eval_interval == 0 or last) and not stop:
+            urgent = stop is not None and stop.urgent
+            if (progress.step % args.eval_interval == 0 or last) and not urgent:
                 self._evaluate_due()
             due = args.save_interval is not None and progress.step % args.save_interval == 0
             if args.save is not None and (due or stop or last) and saved_at != progress.step:
+                if losses:  # a diverged state must not become the latest checkpoint
+                    self._require_finite(self._mean(losses))
                 self._save()
                 saved_at = progress.step
             self.meter.exclude(time.perf_counter() - pause)
             began += time.perf_counter() - pause
-            if stop:
-                reason = stop
+            if stop is not None and (urgent or not last):
+                reason = stop.reason
                 break
-        self._finish(reason)
+        self.finish(reason)
         return reason
+
+    def _mean(self, losses: list[torch.Tensor]) -> float:
+        return average_over_data_parallel(torch.stack(losses).mean(), self.data_parallel_group)
 
     def _log(self, losses: list[torch.Tensor], rate: float) -> None:
         """Write one line and one record; `losses` are those of the interval, on the device."""
-        loss = average_over_data_parallel(torch.stack(losses).mean(), self.data_parallel_group)
+        loss = self._mean(losses)
         speed = self.meter.read()
         progress, norm = self.progress, compat.gradient_norm_of_last_step(self.engine)
         tokens = progress.consumed_samples * self.args.seq_length
@@ -138,12 +144,19 @@ class Trainer:
             "" if scale is None else f" | scale {scale:g}",
             duration(remaining),
         )
-        if not math.isfinite(loss) and self.settings.precision != "fp16":
-            raise UserError(
-                f"the loss is {loss} at step {progress.step}: training has diverged. Resume from the last "
-                "checkpoint with a lower --lr, a longer warm-up or a smaller --clip-grad"
-            )
+        self._require_finite(loss)
         self.meter.start()
+
+    def _require_finite(self, loss: float) -> None:
+        """Raise UserError, on all ranks, where the loss is not a number; fp16's scaling lives with some."""
+        if math.isfinite(loss) or self.settings.precision == "fp16":
+            return
+        if self.log is not None:
+            self.log.write("end", step=self.progress.step, reason=f"diverged: the loss is {loss}")
+        raise UserError(
+            f"the loss is {loss} at step {self.progress.step}: training has diverged. Resume from the last "
+            "checkpoint with a lower --lr, a longer warm-up or a smaller --clip-grad"
+        )
 
     def _largest(self, value: int) -> int:
         """Return the largest of the ranks' values."""
@@ -159,13 +172,14 @@ class Trainer:
             logger.info("no validation data: --split or --valid-data-path names none")
 
     def evaluate(self, split: str) -> float:
-        """Return the mean loss over ``--eval-iters`` batches, the same ones every time."""
+        """Return the mean loss over ``--eval-iters`` global batches, the same ones every time."""
         began = time.perf_counter()
         self.engine.eval()
-        local = self.runner.evaluate(self.eval_batches[split](), self.args.eval_iters)
+        passes = self.args.eval_iters * self.settings.num_microbatches
+        local = self.runner.evaluate(self.eval_batches[split](), passes)
         self.engine.train()
         loss = average_over_data_parallel(local, self.data_parallel_group)
-        samples = self.args.eval_iters * self.settings.micro_batch_size * self.settings.data_parallel_size
+        samples = self.args.eval_iters * self.settings.global_batch_size
         seconds = time.perf_counter() - began
         perplexity = math.exp(min(loss, 50.0))
         logger.info(
@@ -195,7 +209,8 @@ class Trainer:
         folder = checkpoints.save(self.engine, self.args, self.progress)
         logger.info("saved %s in %.1f s", folder, time.perf_counter() - began)
 
-    def _finish(self, reason: str) -> None:
+    def finish(self, reason: str) -> None:
+        """Write the techniques' evidence and why the run ends."""
         evidence = {
             name: {"acted": proof.acted, "summary": proof.summary, **proof.counts}
             for name, proof in self.engine.ds_efficient.evidence().items()

@@ -1,6 +1,6 @@
 """Where a training step of ``launch/pretrain_gpt.py`` spends its GPU time, by kernel and by kind.
 
-    python tests/perf/profile_step.py --output FILE [--step 10] -- ARGUMENTS OF pretrain_gpt.py
+python tests/perf/profile_step.py --output FILE [--step 10] -- ARGUMENTS OF pretrain_gpt.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ KINDS = (
 def kind_of(name: str) -> str:
     """Return the kind of a kernel by its name."""
     lowered = name.lower()
-    return next((kind for kind, words in KINDS if any(word in lowered for word in words)), "other elementwise")
+    return next(
+        (kind for kind, words in KINDS if any(word in lowered for word in words)), "other elementwise"
+    )
 
 
 def summary(profile: Any, wall: float) -> str:
@@ -53,7 +55,9 @@ def summary(profile: Any, wall: float) -> str:
 
 def main() -> int:
     """Train with one step profiled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--step", type=int, default=10)
     parser.add_argument("training", nargs=argparse.REMAINDER)

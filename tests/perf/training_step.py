@@ -123,8 +123,12 @@ def commit() -> str:
 
 def main() -> int:
     """Run the cases and write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=[c for c in CASES if c != "tiny"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", choices=sorted(CASES), default=[c for c in CASES if c != "tiny"]
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results/data")
     parser.add_argument("--name", default="training_step", help="name of the CSV file")
     parser.add_argument("--gpus", type=int, default=1)

@@ -85,7 +85,9 @@ def test_no_file_mentions_a_private_path_or_a_registry() -> None:
         (rules.global_random, "ds_efficient/a.py", "weight.normal_()"),
         (rules.global_random, "ds_efficient/a.py", "np.random.rand(3)"),
         (rules.global_random, "ds_efficient/a.py", "random.shuffle(x)"),
-        (rules.pickles, "ds_efficient/a.py", "import pickle"),
+        (rules.pickles, "ds_efficient/a.py", "import pickle\npickle.loads(x)"),
+        (rules.pickles, "ds_efficient/a.py", "from pickle import load"),
+        (rules.pickles, "ds_efficient/a.py", "import dill"),
         (rules.pickles, "ds_efficient/a.py", "torch.load(path)"),
         (rules.pickles, "ds_efficient/a.py", "np.load(path, allow_pickle=True)"),
     ],
@@ -119,6 +121,7 @@ def test_each_rule_finds_what_it_forbids(
             "torch.randn(3, generator=own)\nnp.random.Generator(bits)",
         ),
         (rules.pickles, "ds_efficient/a.py", "torch.load(path, weights_only=True)"),
+        (rules.pickles, "ds_efficient/a.py", "import pickle\nerrors = (pickle.UnpicklingError,)"),
     ],
 )
 def test_what_is_allowed_passes(rule: Callable[[Module], Iterator[str]], path: str, source: str) -> None:
