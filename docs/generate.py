@@ -4,18 +4,20 @@
 
 configuration.md from the configuration models, parallelism.md from the rules that refuse a layout,
 megatron.md from the compatibility guard, arguments.md from the parser of pretrain_gpt.py, commands.md from
-the parser of the command line.
+the parser of the command line, measurements.md from the files in docs/results/data.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "launch"))
 
 
 def _cell(text: str) -> str:
@@ -85,8 +87,29 @@ def commands() -> str:
     for name in COMMANDS:
         sub = subparsers.choices[name]
         sub.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)
-        lines += [f"### `ds_efficient {name}`", "", "```text", sub.format_help().rstrip(), "```", ""]
+        lines += [f"## `ds_efficient {name}`", "", "```text", sub.format_help().rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def measurements() -> str:
+    """Return the training steps measured on GPUs, from the files in docs/results/data."""
+    lines = [
+        "| case | GPU | GPUs | micro-batch | tokens/s | TFLOP/s a GPU | MFU | peak memory | ms a step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    versions = set()
+    for path in sorted((ROOT / "docs" / "results" / "data").glob("training_step_*.csv")):
+        with open(path, newline="") as stream:
+            for row in csv.DictReader(stream):
+                lines.append(
+                    f"| {row['case']} | {row['gpu']} | {row['gpus']} | {row['micro_batch']} | "
+                    f"{float(row['tokens_per_second']):,.0f} | {float(row['model_tflops']):.0f} | "
+                    f"{100 * float(row['mfu']):.1f}% | {float(row['peak_memory']) / 2**30:.1f} GiB | "
+                    f"{float(row['ms_per_step']):.1f} |"
+                )
+                names = ("python", "torch", "cuda", "deepspeed", "megatron-core")
+                versions.add(", ".join(f"{name} {row[name]}" for name in names))
+    return "\n".join([*lines, "", *(f"Versions: {text}." for text in sorted(versions))]) + "\n"
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -95,6 +118,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "megatron.md": megatron,
     "arguments.md": arguments,
     "commands.md": commands,
+    "measurements.md": measurements,
 }
 
 

@@ -121,6 +121,7 @@ def _set_up_logging(level: str, rank: int) -> None:
     chosen = getattr(logging, level.upper()) if rank == 0 else logging.ERROR
     # megatron-core's and DeepSpeed's notes on absent packages: this project needs none of them.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|deepspeed)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|deepspeed)\.")
     for name in ("pretrain_gpt", "pretraining", "ds_efficient", "megatron_patches"):
         logging.getLogger(name).setLevel(chosen)
 

@@ -34,11 +34,15 @@ if [ "$install" = 1 ]; then
   source launch/environment.sh '.[megatron,data,report]'
 else
   say "1/5 environment: as it is"
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi
 python=$(command -v python || command -v python3)
 read -r accelerator processes < <("$python" -c 'import torch
 gpus = torch.cuda.device_count()
-print("cuda" if gpus else "cpu", min(2, gpus) or 2)')
+print("cuda" if gpus else "cpu", min(2, gpus) or 2)' 2>/dev/null) || {
+  echo "quickstart.sh: torch cannot be imported by $python; leave --no-install out" >&2
+  exit 2
+}
 export DS_ACCELERATOR=${DS_ACCELERATOR:-$accelerator}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
 
@@ -51,8 +55,9 @@ fi
 
 say "2/5 corpus and tokenizer from the standard library"
 "$python" launch/build_corpus.py --output-dir "$folder/corpus" --max-megabytes 12 --vocab-size 4096 || {
-  echo "quickstart.sh: --fresh starts over, --folder takes another place" >&2
-  exit 2
+  status=$?
+  [ "$status" != 2 ] || echo "quickstart.sh: --fresh starts over, --folder takes another place" >&2
+  exit "$status"
 }
 
 say "3/5 indexed datasets"

@@ -38,13 +38,41 @@ class Case:
     stage: int = 0
     config: Mapping[str, Any] | None = None
     model: list[str] | None = None
+    schedule: str = SCHEDULE
 
     def run(self, ranks: Ranks, folder: Path, more: str = "", *, save: Path | None = None) -> Outcome:
-        """Train with dropout up to step `STEPS`, saving at its end; resume from ``--save`` if it holds a checkpoint."""
-        save = save or folder / "checkpoints"
-        arguments = f"{DROPOUT} {SCHEDULE} --save {save} --load {save} {self.arguments} {more}"
+        """Train with dropout up to step `STEPS`; resume from ``--save`` if it holds a checkpoint."""
         config = {**zero(self.stage), **(self.config or {})}
+        arguments = self._arguments(folder, more, save)
         return train(ranks, self.size, folder, arguments, config, steps=STEPS, model=self.model)
+
+    def _arguments(self, folder: Path, more: str, save: Path | None = None) -> str:
+        save = save or folder / "checkpoints"
+        return f"{DROPOUT} {self.schedule} --save {save} --load {save} {self.arguments} {more}"
+
+    def argv(self, folder: Path, more: str = "") -> list[str]:
+        """Write the JSON; return the command line of `run`."""
+        pool = _Recorder()
+        self.run(lambda size: pool, folder, more)  # type: ignore[arg-type, return-value]
+        return pool.argv
+
+
+class _Recorder:
+    """Stands in for a pool and keeps the command line."""
+
+    argv: list[str]
+
+    def run(self, target: str, argv: list[str], timeout: float = 0.0) -> list[int]:
+        self.argv = argv
+        return []
+
+
+def fails(ranks: Ranks, case: Case, folder: Path, more: str = "") -> tuple[int, str]:
+    """Run; return the exit status, the same on all ranks, and all that they wrote to stderr."""
+    outputs = ranks(case.size).run("rank_pool:run_script_with_output", case.argv(folder, more))
+    statuses = {status for status, _ in outputs}
+    assert len(statuses) == 1, outputs
+    return statuses.pop(), "".join(text for _, text in outputs)
 
 
 def same(left: Any, right: Any) -> bool:

@@ -166,18 +166,15 @@ class CheckpointStore:
     def _loading(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
             manifest: dict[str, Any] | None = None
+            whole, module_only = kwargs.get("load_optimizer_states", True), kwargs.get("load_module_only", False)
             universal = bool(self._engine.load_universal_checkpoint())
             if not universal:
                 chosen = str(tag) if tag is not None else files.latest_tag(Path(load_dir))
                 if chosen is None:
                     return original(load_dir, tag, *args, **kwargs)
                 tag = chosen
-                weights_only = not kwargs.get("load_optimizer_states", True)
-                manifest = self._check(
-                    Path(load_dir) / chosen,
-                    weights_only=weights_only or kwargs.get("load_module_only", False),
-                )
-            partial = self.layout.zero_stage == 3 and not kwargs.get("load_optimizer_states", True)
+                manifest = self._check(Path(load_dir) / chosen, weights_only=not whole or module_only)
+            partial = self.layout.zero_stage == 3 and not whole
             view = self._weights_view(Path(load_dir), str(tag)) if partial else _as_is(load_dir)
             try:
                 with view as source:
@@ -186,9 +183,12 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"{load_dir}/{tag}: DeepSpeed cannot load it into this model: {_shortened(error)}"
                 ) from error
+            if not whole and hasattr(self._engine.optimizer, "refresh_fp32_params"):
+                # Without ZeRO, DeepSpeed leaves the fp32 copies as they were, and the next step brings them back.
+                self._engine.optimizer.refresh_fp32_params()
             if partial and result[0] is not None:
                 result = (str(Path(load_dir) / str(tag)), *result[1:])
-            if manifest is not None and not kwargs.get("load_module_only", False):
+            if manifest is not None and not module_only:
                 self._restore(Path(load_dir) / str(tag), manifest)
             return result
 
@@ -196,17 +196,17 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _weights_view(self, load_dir: Path, tag: str) -> Iterator[str]:
-        """Show DeepSpeed one checkpoint of this model-parallel rank only.
+        """Show DeepSpeed one checkpoint, and of the optimizer's files this tensor-parallel rank's only.
 
         Loading the weights of ZeRO-3 without the optimizer, DeepSpeed reads whatever ``latest`` names instead
         of `tag`, and takes the shards of all tensor-parallel ranks for parts of one model.
         """
-        mark = f"mp_rank_{self._engine.checkpoint_mp_rank:02d}_"
+        own = f"_mp_rank_{self._engine.checkpoint_mp_rank:02d}_optim_states.pt"
         with tempfile.TemporaryDirectory(prefix="ds_efficient_view_") as view:
             Path(view, files.LATEST).write_text(tag)
             Path(view, tag).mkdir()
             for path in (load_dir / tag).iterdir():
-                if mark in path.name:
+                if path.name.endswith(("_model_states.pt", own)):
                     Path(view, tag, path.name).symlink_to(path.resolve())
             yield view
 
@@ -218,8 +218,8 @@ class CheckpointStore:
         if manifest is None:
             if any(folder.glob("ds_efficient_*")):
                 raise CheckpointError(
-                    f"{folder}: has no {files.MANIFEST}: its save was interrupted; name another by --ckpt-step"
-                    f"{files.others(folder.parent)}"
+                    f"{folder}: has no {files.MANIFEST}: its save was interrupted; name another by "
+                    f"--ckpt-step{files.others(folder.parent)}"
                 )
             logger.warning("%s: has no %s: it was made without ds_efficient", folder, files.MANIFEST)
             return None

@@ -43,13 +43,27 @@ def require_version() -> str:
 
 
 def init_distributed(backend: str | None = None, timeout_minutes: int | None = None) -> None:
-    """Start torch.distributed through DeepSpeed, which reads the launcher's environment; once only."""
+    """Start torch.distributed through DeepSpeed, which reads the launcher's environment; once only.
+
+    Without a launcher there is one process, on a port of its own: DeepSpeed would look for MPI instead.
+    """
     import datetime
+    import os
 
     import deepspeed
 
     if dist.is_initialized():
         return
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:
+        single = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
+        for name, value in single.items():
+            os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
         _skip_shared_memory_collectives()
     kwargs: dict[str, Any] = {"verbose": False}

@@ -132,7 +132,8 @@ class Layout:
         stages = {saved.get("zero_stage"), self.zero_stage}
         if len(stages) > 1 and not universal and (3 in stages or not weights_only):
             problems.append(
-                f"saved with zero_optimization.stage {saved.get('zero_stage')}, this run has {self.zero_stage}"
+                f"saved with zero_optimization.stage {saved.get('zero_stage')}, "
+                f"this run has {self.zero_stage}"
             )
         if (
             self.zero_stage >= partitioned

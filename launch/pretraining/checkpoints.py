@@ -96,7 +96,7 @@ class DataOrder:
         self._saved = json.loads(state["identity"])
 
     def warn(self) -> None:
-        """Warn where the data that a resumed run goes on with is not what the checkpoint's would have been."""
+        """Warn where the data is not what the checkpoint's run would have gone on with."""
         changes = [] if self._saved is None else self._changes_since(self._saved)
         if changes:
             logger.warning(

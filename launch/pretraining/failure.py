@@ -23,7 +23,7 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 def report(error: UserError) -> None:
     """Print the message on one of the ranks that have it, whichever these are.
 
-    Before the processes know each other, the ranks of a node find the same mistakes, and its first one prints.
+    Before the processes know each other, the ranks of a node find the same mistakes; its first prints.
     """
     store = _store()
     if store is None:

@@ -1,0 +1,1 @@
+"""A sixth technique, for tests: one folder and one row of the table are all it takes."""
