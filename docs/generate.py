@@ -40,7 +40,7 @@ def parallelism() -> str:
 
 def megatron() -> str:
     """Return the tested versions of megatron-core and what is checked at start-up."""
-    from megatron_patches.compatibility import SEAMS, TESTED_VERSIONS
+    from megatron_patches.version_guard import SEAMS, TESTED_VERSIONS
 
     lines = [
         f"Tested: megatron-core {' and '.join(TESTED_VERSIONS)}.",

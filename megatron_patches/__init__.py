@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_patches.compatibility import compatibility
+    from megatron_patches.version_guard import compatibility
     from megatron_patches.layer_spec import block_spec, layer_spec
     from megatron_patches.mpu import MegatronMpu
 
@@ -14,7 +14,7 @@ __all__ = ["MegatronMpu", "block_spec", "compatibility", "layer_spec"]
 _HOMES = {
     "MegatronMpu": "megatron_patches.mpu",
     "block_spec": "megatron_patches.layer_spec",
-    "compatibility": "megatron_patches.compatibility",
+    "compatibility": "megatron_patches.version_guard",
     "layer_spec": "megatron_patches.layer_spec",
 }
 

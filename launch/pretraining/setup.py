@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 def check_environment(args: argparse.Namespace, efficiency: Any) -> None:
     """Refuse missing packages and unwritable folders before anything is allocated."""
-    from megatron_patches.compatibility import check
+    from megatron_patches.version_guard import check
     from megatron_patches.layer_spec import require_transformer_engine
 
     check(allow_untested=efficiency.general.allow_untested_megatron)

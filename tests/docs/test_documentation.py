@@ -173,7 +173,7 @@ def test_versions_of_the_readme_are_those_of_the_code() -> None:
     tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
 
     from ds_efficient.core.deepspeed_compat import MINIMUM_VERSION
-    from megatron_patches.compatibility import TESTED_VERSIONS
+    from megatron_patches.version_guard import TESTED_VERSIONS
 
     text = (ROOT / "README.md").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
