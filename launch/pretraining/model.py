@@ -135,7 +135,8 @@ def build_model(args: argparse.Namespace, settings: Settings, vocab_size: int, e
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two groups, as Megatron-LM does: matrices with decay; biases and norms without."""
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             # ZeRO-3 empties the tensors; the shape is then in ds_shape.

@@ -16,6 +16,8 @@ from tiny_runs import read_records
 pytestmark = pytest.mark.distributed
 
 DP2 = Case(2, stage=1)
+# Seconds within which a failed run must be over; without care its other ranks wait for 30 minutes.
+PATIENCE = 40.0
 MISTAKE = "--some-argument 7: is wrong on one rank; correct it"
 
 
@@ -83,9 +85,8 @@ def test_a_time_limit_stops_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
 def test_a_diverged_loss_ends_all_ranks_and_is_not_saved(ranks: Ranks, tmp_path: Path, case: Case) -> None:
     optimizer = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e30}}}
     diverging = Case(2, case.arguments, case.stage, optimizer, schedule="")
-    began = time.monotonic()
     status, message = fails(ranks, diverging, tmp_path, "--log-interval 100 --save-interval 1")
-    assert time.monotonic() - began < 60
+    assert seconds_since_last_step(tmp_path) < PATIENCE
     assert status == 2
     assert message.count("training has diverged") == 1 and "Traceback" not in message
     end = read_records(tmp_path)[-1]
@@ -98,9 +99,8 @@ def test_a_diverged_loss_ends_all_ranks_and_is_not_saved(ranks: Ranks, tmp_path:
 def test_a_mistake_on_one_rank_is_printed_once_and_nobody_waits(
     ranks: Ranks, tmp_path: Path, rank: int
 ) -> None:
-    began = time.monotonic()
     outputs = ranks(2).run("failing_ranks:run_with", "mistake", rank, 3, DP2.argv(tmp_path))
-    assert time.monotonic() - began < 40
+    assert seconds_since_last_step(tmp_path) < PATIENCE
     assert outputs[rank][0] == 2 and MISTAKE in outputs[rank][1]
     assert outputs[1 - rank][0] == 1 and "lost the connection to another rank" in outputs[1 - rank][1]
     both = "".join(text for _, text in outputs)
@@ -121,18 +121,23 @@ def _without_mock() -> list[str]:
 
 def test_a_mistake_on_rank_0_ends_the_launcher_with_status_2(tmp_path: Path) -> None:
     script = ROOT / "tests" / "failing_ranks.py"
-    status, output, seconds = launch(["mistake", "0", "3", *DP2.argv(tmp_path)], tmp_path / "log", script)
+    status, output = launch(["mistake", "0", "3", *DP2.argv(tmp_path)], tmp_path / "log", script)
+    assert seconds_since_last_step(tmp_path) < PATIENCE
     assert status == 2, output
     assert output.count(MISTAKE) == 1 and "Traceback" not in output
-    assert seconds < 60
 
 
 def test_a_bug_on_rank_1_ends_the_launcher_with_its_trace(tmp_path: Path) -> None:
     script = ROOT / "tests" / "failing_ranks.py"
-    status, output, seconds = launch(["bug", "1", "3", *DP2.argv(tmp_path)], tmp_path / "log", script)
+    status, output = launch(["bug", "1", "3", *DP2.argv(tmp_path)], tmp_path / "log", script)
+    assert seconds_since_last_step(tmp_path) < PATIENCE
     assert status == 1, output
     assert output.count("ZeroDivisionError: a bug on one rank") == 1
-    assert seconds < 60
+    assert output.count("Traceback") == 1
+
+
+def seconds_since_last_step(folder: Path) -> float:
+    return time.time() - (folder / "run.jsonl").stat().st_mtime
 
 
 def test_a_bug_is_not_taken_for_a_mistake(ranks: Ranks, tmp_path: Path) -> None:

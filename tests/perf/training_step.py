@@ -1,10 +1,10 @@
-"""Throughput, MFU and peak memory of whole training steps of ``launch/pretrain_gpt.py`` on synthetic data.
+"""Throughput, MFU and peak memory of whole steps of ``launch/pretrain_gpt.py`` on synthetic data.
 
-    python tests/perf/training_step.py --output docs/results/data [--cases 354m-plain 354m-fused ...] [--gpus 2]
+    python tests/perf/training_step.py --output docs/results/data [--cases 354m-plain ...] [--gpus 2]
 
-Each case is one run of the script; the first interval (compilation, warm-up) is left out and the median of the
-others is taken. One CSV row a case, with GPU, versions, commit and command; ratios against the first case with
-the same model are printed.
+Each case is one run of the script; the first interval (compilation, warm-up) is left out and the median of
+the others is taken. One CSV row a case, with GPU, versions, commit and command; ratios against the first
+case with the same model are printed.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def main() -> int:
         print(
             f"{name}: {row['ms_per_step']:.1f} ms, {row['tokens_per_second']:.0f} tok/s "
             f"({row['tokens_per_second'] / base['tokens_per_second']:.2f}x of {base['case']}), "
-            f"{row['model_tflops']:.1f} TFLOP/s, MFU {row['mfu']}, peak {row['peak_memory'] / 2**30:.1f} GiB, "
-            f"loss {row['last_loss']:.4f}",
+            f"{row['model_tflops']:.1f} TFLOP/s, MFU {row['mfu']}, "
+            f"peak {row['peak_memory'] / 2**30:.1f} GiB, loss {row['last_loss']:.4f}",
             flush=True,
         )
     arguments.output.mkdir(parents=True, exist_ok=True)
