@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Process groups and random streams.
     setup.start_processes(args)
     parallel = setup.start_model_parallel(args)
-    log = setup.open_run_log(args) if rank == 0 else None
 
     # Model and engine.
     from pretraining.model import build_model, parameter_groups
@@ -90,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     order = checkpoints.DataOrder(data.datasets.identity, data.datasets.changes_since)
     checkpoints.register_states(engine, args, settings, vocab_size, progress, order)
     resumed = checkpoints.load(engine, args, settings, progress, order)
+    log = setup.open_run_log(args) if rank == 0 else None
     setup.announce(args, settings, engine, vocab_size, progress, log, resumed)
 
     # Training.

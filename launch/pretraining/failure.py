@@ -17,6 +17,7 @@ from ds_efficient.errors import UserError
 # Launchers look for dead processes every second and report the exit status of the first one they see.
 _SECONDS_FOR_LAUNCHER = 4.0
 _SECONDS_FOR_OTHER_RANKS = 3.0
+_SECONDS_FOR_RANK_0 = 1.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 
 
@@ -30,9 +31,9 @@ def report(error: UserError) -> None:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             _print(str(error))
         return
-    key = hashlib.sha256(str(error).encode()).hexdigest()
+    key = f"pretrain_gpt/message/{hashlib.sha256(str(error).encode()).hexdigest()}"
     try:
-        first = store.add(f"pretrain_gpt/message/{key}", 1) == 1
+        first = _wait_for_rank_0(store, key) and store.add(key, 1) == 1
     except RuntimeError:  # rank 0, which keeps the store, is gone: it had another message
         first = True
     if first:
@@ -58,6 +59,16 @@ def _store() -> Any:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
     return dist.distributed_c10d._get_default_store()
+
+
+def _wait_for_rank_0(store: Any, key: str) -> bool:
+    """Give rank 0 the first right to print; return whether this rank may."""
+    deadline = time.monotonic() + (_SECONDS_FOR_RANK_0 if dist.get_rank() else 0.0)
+    while time.monotonic() < deadline:
+        if store.add(key, 0) > 0:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _let_others_report(store: Any) -> None:
