@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_patches.version_guard import compatibility
     from megatron_patches.layer_spec import block_spec, layer_spec
     from megatron_patches.mpu import MegatronMpu
+    from megatron_patches.version_guard import compatibility
 
 __all__ = ["MegatronMpu", "block_spec", "compatibility", "layer_spec"]
 

@@ -25,7 +25,9 @@ def launched(argv: list[str], log: Path, script: Path = SCRIPT) -> Iterator[subp
     command += ["--master_port", str(free_port()), str(script), *argv]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+        )
     try:
         yield process
     finally:

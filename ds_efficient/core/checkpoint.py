@@ -166,7 +166,10 @@ class CheckpointStore:
     def _loading(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
             manifest: dict[str, Any] | None = None
-            whole, module_only = kwargs.get("load_optimizer_states", True), kwargs.get("load_module_only", False)
+            whole, module_only = (
+                kwargs.get("load_optimizer_states", True),
+                kwargs.get("load_module_only", False),
+            )
             universal = bool(self._engine.load_universal_checkpoint())
             if not universal:
                 chosen = str(tag) if tag is not None else files.latest_tag(Path(load_dir))
@@ -184,7 +187,8 @@ class CheckpointStore:
                     f"{load_dir}/{tag}: DeepSpeed cannot load it into this model: {_shortened(error)}"
                 ) from error
             if not whole and hasattr(self._engine.optimizer, "refresh_fp32_params"):
-                # Without ZeRO, DeepSpeed leaves the fp32 copies as they were, and the next step brings them back.
+                # Without ZeRO, DeepSpeed leaves the fp32 copies as they were; the next step would bring
+                # them back.
                 self._engine.optimizer.refresh_fp32_params()
             if partial and result[0] is not None:
                 result = (str(Path(load_dir) / str(tag)), *result[1:])

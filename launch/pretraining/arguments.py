@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ds_efficient.errors import UserError
@@ -271,6 +271,10 @@ def _check_ranges(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def _broken(rules: Iterable[tuple[bool, str]]) -> list[str]:
+    return [message for broken, message in rules if broken]
+
+
 def _check_contradictions(args: argparse.Namespace) -> list[str]:
     rules = (
         (args.bf16 and args.fp16, "--bf16 and --fp16: give one of them"),
@@ -304,9 +308,36 @@ def _check_contradictions(args: argparse.Namespace) -> list[str]:
             "--recompute-activations means selective; it contradicts --recompute-granularity full",
         ),
         (
+            args.skip_train and args.eval_iters == 0,
+            "--skip-train and --eval-iters 0: nothing would be done; raise --eval-iters",
+        ),
+    )
+    return _broken(rules)
+
+
+def _check_needs(args: argparse.Namespace) -> list[str]:
+    """Arguments that mean nothing without another one."""
+    rules = (
+        (
             args.save_interval is not None and args.save is None,
             f"--save-interval {args.save_interval}: says when to save, but --save does not say where",
         ),
+        (
+            "num_query_groups" in args.given and not args.group_query_attention,
+            f"--num-query-groups {args.num_query_groups}: needs --group-query-attention",
+        ),
+        *(
+            (getattr(args, name) and args.load is None, f"--{name.replace('_', '-')}: needs --load")
+            for name in ("finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint")
+        ),
+        (args.ckpt_step is not None and args.load is None, f"--ckpt-step {args.ckpt_step}: needs --load"),
+    )
+    return _broken(rules)
+
+
+def _check_sizes(args: argparse.Namespace) -> list[str]:
+    """Sizes of the model that do not fit each other."""
+    rules = (
         (
             args.max_position_embeddings is not None and args.max_position_embeddings < args.seq_length,
             f"--max-position-embeddings {args.max_position_embeddings}: must be at least --seq-length "
@@ -322,24 +353,11 @@ def _check_contradictions(args: argparse.Namespace) -> list[str]:
             f"--num-attention-heads {args.num_attention_heads}: must be a multiple of --num-query-groups "
             f"{args.num_query_groups}",
         ),
-        (
-            "num_query_groups" in args.given and not args.group_query_attention,
-            f"--num-query-groups {args.num_query_groups}: needs --group-query-attention",
-        ),
-        (
-            args.skip_train and args.eval_iters == 0,
-            "--skip-train and --eval-iters 0: nothing would be done; raise --eval-iters",
-        ),
-        *(
-            (getattr(args, name) and args.load is None, f"--{name.replace('_', '-')}: needs --load")
-            for name in ("finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint")
-        ),
-        (args.ckpt_step is not None and args.load is None, f"--ckpt-step {args.ckpt_step}: needs --load"),
     )
-    return [message for broken, message in rules if broken]
+    return _broken(rules)
 
 
-_CHECKS = (_check_positive, _check_ranges, _check_contradictions)
+_CHECKS = (_check_positive, _check_ranges, _check_contradictions, _check_needs, _check_sizes)
 
 
 def _derive(args: argparse.Namespace) -> None:

@@ -144,7 +144,8 @@ def _data_parallel_size(merge: _Merge, world_size: int) -> int:
         merge.problems.append(
             f"{world_size} processes: must be a multiple of tensor x pipeline x context parallel sizes = "
             f"{args.tensor_model_parallel_size} x {args.pipeline_model_parallel_size} x "
-            f"{args.context_parallel_size} = {model}; start more processes (deepspeed --num_gpus) or lower one"
+            f"{args.context_parallel_size} = {model}; start more processes (deepspeed --num_gpus),"
+            "or lower one"
         )
     return max(1, world_size // model)
 
@@ -168,7 +169,8 @@ def _batches(merge: _Merge, data_parallel: int) -> tuple[int, int]:
     one_pass = micro * data_parallel
     if total % one_pass != 0 or total < one_pass:
         merge.problems.append(
-            f"global batch {total}: must be a multiple of micro-batch {micro} x {data_parallel} data-parallel "
+            f"global batch {total}: must be a multiple of micro-batch {micro} x {data_parallel} "
+            "data-parallel "
             f"ranks = {one_pass}"
         )
         return micro, one_pass
@@ -210,7 +212,8 @@ def _optimizer(merge: _Merge) -> None:
             params["betas"] = betas
         elif {"adam_beta1", "adam_beta2"} & args.given and [float(b) for b in stands] != betas:
             merge.problems.append(
-                f"optimizer.params.betas: {stands} in the JSON, {betas} on the command line; remove one of them"
+                f"optimizer.params.betas: {stands} in the JSON, {betas} on the command line; "
+                "remove one of them"
             )
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ds_efficient.report.runlog import RunLog
 
 from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.core.flops import executed_flops_per_token, model_flops_per_token
@@ -28,6 +27,7 @@ from ds_efficient.core.layout import ParallelLayout
 from ds_efficient.core.parallelism import require, warnings
 from ds_efficient.core.shape import ModelShape, Recompute
 from ds_efficient.errors import UserError
+from ds_efficient.report.runlog import RunLog
 from ds_efficient.version import __version__
 from pretraining import checkpoints
 from pretraining.datasets import ParallelInfo, batch_specs, broadcast_batch, build_datasets, make_loader
@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 def check_environment(args: argparse.Namespace, efficiency: Any) -> None:
     """Refuse missing packages and unwritable folders before anything is allocated."""
-    from megatron_patches.version_guard import check
     from megatron_patches.layer_spec import require_transformer_engine
+    from megatron_patches.version_guard import check
 
     check(allow_untested=efficiency.general.allow_untested_megatron)
     if args.transformer_impl == "transformer_engine":
@@ -123,7 +123,11 @@ def check_layout(args: argparse.Namespace, settings: Settings, world_size: int) 
 
 def build_tokenizer_from(args: argparse.Namespace) -> Any:
     """Return the tokenizer that the command line names; synthetic data needs only a vocabulary."""
-    if args.mock_data and args.vocab_size is not None and args.tokenizer_model is None:
+    if (
+        args.mock_data
+        and args.vocab_size is not None
+        and not args.given & {"tokenizer_type", "tokenizer_model"}
+    ):
         return build_tokenizer("NullTokenizer", None, args.vocab_size - 1)
     return build_tokenizer(
         args.tokenizer_type, args.tokenizer_model, args.vocab_size, eod_token=args.eod_token
@@ -294,7 +298,8 @@ def announce(
     parameters = Inventory.from_shape(shape).total_parameters
     world = dist.get_world_size()
     logger.info(
-        "GPT %s parameters: %s | %s, ZeRO %d | %d ranks: tensor %d, pipeline %d, data %d | batch %d = %d x %d x %d",
+        "GPT %s parameters: %s | %s, ZeRO %d | %d ranks: tensor %d, pipeline %d, data %d | "
+        "batch %d = %d x %d x %d",
         quantity(parameters),
         shape,
         settings.precision,

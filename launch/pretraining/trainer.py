@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ds_efficient.report.runlog import RunLog
 
 from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.errors import UserError
+from ds_efficient.report.runlog import RunLog
 from pretraining import checkpoints
 from pretraining.settings import Settings
 from pretraining.steps import Batch, average_over_data_parallel
@@ -131,7 +131,8 @@ class Trainer:
         remaining = (self.settings.train_iters - progress.step) * (speed["seconds_per_step"] or 0.0)
         mfu = "N/A" if speed["mfu"] is None else f"{100 * speed['mfu']:.1f}%"
         logger.info(
-            "step %d/%d | loss %.4f | lr %.3e | norm %s | %s tok/s | %.3g TFLOP/s | MFU %s | %.2f GiB%s | left %s",
+            "step %d/%d | loss %.4f | lr %.3e | norm %s | %s tok/s | %.3g TFLOP/s | MFU %s | %.2f GiB%s | "
+            "left %s",
             progress.step,
             self.settings.train_iters,
             loss,

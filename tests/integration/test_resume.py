@@ -188,7 +188,9 @@ def test_weights_alone_are_those_of_the_step_that_is_named(ranks: Ranks, tmp_pat
             assert found[0] == pytest.approx(expected, rel=1e-6)
             assert again.of("resume", "step") == [] and again.of("run", "world_size") == [case.size]
         else:
-            assert again.of("train", "lr")[0] == pytest.approx(whole.of("train", "lr")[4] * 1e-7 / 5e-3, rel=0.1)
+            assert again.of("train", "lr")[0] == pytest.approx(
+                whole.of("train", "lr")[4] * 1e-7 / 5e-3, rel=0.1
+            )
 
 
 def validation(run: Outcome) -> list[float]:
