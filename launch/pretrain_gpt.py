@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.info("%s has no effect here: %s", flag, reason)
 
     # Configuration: everything that can be refused is refused before anything is allocated.
-    from pretraining import setup
+    from pretraining import processes, setup
     from pretraining.settings import reconcile
 
     from ds_efficient import load_config
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup.check_environment(args, efficiency)
 
     # Process groups and random streams.
-    setup.start_processes(args)
-    parallel = setup.start_model_parallel(args)
+    processes.start_processes(args)
+    parallel = processes.start_model_parallel(args)
 
     # Model and engine.
     from pretraining.model import build_model, parameter_groups

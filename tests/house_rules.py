@@ -59,7 +59,7 @@ MEGATRON_PUBLIC = (
 )
 
 # The dropout streams of megatron-core, and the initial weights of a Hugging Face model.
-GLOBAL_RANDOM_ALLOWED = ("launch/pretraining/setup.py", "launch/train_hf_gpt2.py")
+GLOBAL_RANDOM_ALLOWED = ("launch/pretraining/processes.py", "launch/train_hf_gpt2.py")
 _TORCH_DRAWS = set(
     "manual_seed seed rand randn randint randperm rand_like randn_like randint_like normal bernoulli "
     "multinomial poisson".split()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rank_pool import RankPool
+from rank_pool import RankPool, run_script
 from tiny_runs import MODEL, Outcome, deepspeed_json, train
 
 Ranks = Callable[[int], RankPool]
@@ -65,6 +66,23 @@ class _Recorder:
     def run(self, target: str, argv: list[str], timeout: float = 0.0) -> list[int]:
         self.argv = argv
         return []
+
+
+class ForkingPool:
+    """Like RankPool, but loader processes are forked, as under a launcher: a server of their own is slow."""
+
+    def __init__(self, size: int) -> None:
+        self._pool = RankPool(size)
+
+    def run(self, target: str, argv: list[str], timeout: float = 120.0) -> list[int]:
+        """Run the script on every rank."""
+        return self._pool.run("saved_runs:run_script_forking", argv, timeout=timeout)
+
+
+def run_script_forking(argv: list[str]) -> int:
+    """Run the script in this rank, with loader processes by fork."""
+    multiprocessing.set_start_method("fork", force=True)
+    return run_script(argv)
 
 
 def fails(ranks: Ranks, case: Case, folder: Path, more: str = "") -> tuple[int, str]:

@@ -13,6 +13,7 @@ import torch
 from ds_efficient.errors import UserError
 
 NEVER = 2**31 - 1
+_SEEDS = 2**32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCHEDULE_ARGUMENTS = (
     "lr_decay_style lr_decay_iters lr_warmup_iters lr_warmup_fraction lr_warmup_init min_lr"
@@ -101,6 +102,10 @@ def reconcile(args: argparse.Namespace, config: Mapping[str, Any], world_size: i
     merge.choose("gradient_clipping", "clip_grad", float(args.clip_grad))
     merge.choose("ds_efficient.seed", "seed", args.seed)
     args.seed = merge.config["ds_efficient"]["seed"]
+    if args.seed >= _SEEDS:
+        merge.problems.append(
+            f"--seed {args.seed}: must be below 2^32, the limit of numpy's shuffles of the data"
+        )
     merge.config.setdefault("steps_per_print", NEVER)
     train_iters = args.train_iters or 0
     if args.train_samples is not None and total:
@@ -144,7 +149,7 @@ def _data_parallel_size(merge: _Merge, world_size: int) -> int:
         merge.problems.append(
             f"{world_size} processes: must be a multiple of tensor x pipeline x context parallel sizes = "
             f"{args.tensor_model_parallel_size} x {args.pipeline_model_parallel_size} x "
-            f"{args.context_parallel_size} = {model}; start more processes (deepspeed --num_gpus),"
+            f"{args.context_parallel_size} = {model}; start more processes (deepspeed --num_gpus), "
             "or lower one"
         )
     return max(1, world_size // model)

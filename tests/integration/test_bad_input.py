@@ -29,14 +29,13 @@ class Mistake:
     expected: tuple[str, ...]
     arguments: str = ""
     config: dict[str, Any] = field(default_factory=dict)
-    case: Case = Case()
+    case: Case = field(default_factory=Case)
 
 
 CONFIG = {
     "misspelt key": Mistake(
         ("ds_efficient.sed", "unknown key", '"seed"'), config={"ds_efficient": {"sed": 1}}
     ),
-    "misspelt technique": Mistake(("slop", '"slope"'), config={"slop": {"enabled": True}}),
     "misspelt key of a technique": Mistake(
         ("slope.enabld", "unknown key", '"enabled"'), config={"slope": {"enabld": True}}
     ),
@@ -151,6 +150,14 @@ def refused(ranks: Ranks, case: Case, folder: Path, arguments: str, expected: tu
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file in a folder."""
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_misspelt_section_is_warned_of_once(ranks: Ranks, tmp_path: Path) -> None:
+    """Other tools may put sections of their own at the top level, so that it is no error."""
+    argv = Case(2, config={"slop": {"enabled": True}}).argv(tmp_path)
+    outputs = ranks(2).run("broken_saves:run_with_log", argv)
+    assert [status for status, _ in outputs] == [0, 0]
+    assert [output.count('did you mean "slope"?') for _, output in outputs] == [1, 0]
 
 
 def test_all_contradictions_are_told_at_once(ranks: Ranks, tmp_path: Path) -> None:
