@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +177,9 @@ class CheckpointStore:
                 tag = chosen
                 manifest = self._check(Path(load_dir) / chosen, weights_only=not whole or module_only)
             partial = self.layout.zero_stage == 3 and not whole
-            view = self._weights_view(Path(load_dir), str(tag)) if partial else _as_is(load_dir)
+            view = (
+                compat.weights_view(self._engine, Path(load_dir), str(tag)) if partial else _as_is(load_dir)
+            )
             try:
                 with view as source:
                     result = original(source, tag, *args, **kwargs)
@@ -186,10 +187,8 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"{load_dir}/{tag}: DeepSpeed cannot load it into this model: {_shortened(error)}"
                 ) from error
-            if not whole and hasattr(self._engine.optimizer, "refresh_fp32_params"):
-                # Without ZeRO, DeepSpeed leaves the fp32 copies as they were; the next step would bring
-                # them back.
-                self._engine.optimizer.refresh_fp32_params()
+            if not whole:
+                compat.refresh_master_weights(self._engine)
             if partial and result[0] is not None:
                 result = (str(Path(load_dir) / str(tag)), *result[1:])
             if manifest is not None and not module_only:
@@ -197,22 +196,6 @@ class CheckpointStore:
             return result
 
         return load_checkpoint
-
-    @contextlib.contextmanager
-    def _weights_view(self, load_dir: Path, tag: str) -> Iterator[str]:
-        """Show DeepSpeed one checkpoint, and of the optimizer's files this tensor-parallel rank's only.
-
-        Loading the weights of ZeRO-3 without the optimizer, DeepSpeed reads whatever ``latest`` names instead
-        of `tag`, and takes the shards of all tensor-parallel ranks for parts of one model.
-        """
-        own = f"_mp_rank_{self._engine.checkpoint_mp_rank:02d}_optim_states.pt"
-        with tempfile.TemporaryDirectory(prefix="ds_efficient_view_") as view:
-            Path(view, files.LATEST).write_text(tag)
-            Path(view, tag).mkdir()
-            for path in (load_dir / tag).iterdir():
-                if path.name.endswith(("_model_states.pt", own)):
-                    Path(view, tag, path.name).symlink_to(path.resolve())
-            yield view
 
     def _check(self, folder: Path, *, weights_only: bool) -> dict[str, Any] | None:
         """Compare layout and files before anything is read into the model."""

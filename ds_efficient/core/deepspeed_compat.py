@@ -6,10 +6,13 @@ Found by feature detection on the engine at hand, never by version number, excep
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import tempfile
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -278,6 +281,33 @@ def set_checkpoint_rank(engine: Any, rank: int) -> None:
     if not hasattr(engine, "checkpoint_mp_rank"):
         raise UnsupportedVersion("this DeepSpeed engine has no checkpoint_mp_rank; see the tested versions")
     engine.checkpoint_mp_rank = rank
+
+
+def refresh_master_weights(engine: Any) -> None:
+    """Copy loaded half-precision weights into their fp32 copies.
+
+    Without ZeRO, DeepSpeed leaves the copies as they were when it loads no optimizer state; the next step
+    would bring the old weights back.
+    """
+    if hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
+
+
+@contextlib.contextmanager
+def weights_view(engine: Any, load_dir: Path, tag: str) -> Iterator[str]:
+    """Show DeepSpeed one ZeRO-3 checkpoint, and of the optimizer's files this tensor-parallel rank's only.
+
+    Loading the weights of ZeRO-3 without the optimizer, DeepSpeed reads whatever ``latest`` names instead of
+    `tag`, and takes the shards of all tensor-parallel ranks for parts of one model.
+    """
+    own = f"_mp_rank_{engine.checkpoint_mp_rank:02d}_optim_states.pt"
+    with tempfile.TemporaryDirectory(prefix="ds_efficient_view_") as view:
+        Path(view, "latest").write_text(tag)
+        Path(view, tag).mkdir()
+        for path in (load_dir / tag).iterdir():
+            if path.name.endswith(("_model_states.pt", own)):
+                Path(view, tag, path.name).symlink_to(path.resolve())
+        yield view
 
 
 def override(engine: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
