@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,8 +126,3 @@ def block_spec(
         norm = TorchNorm
     specs = [make_layer(offset + index) for index in range(count)]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
-
-
-def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Return whether `function` has a parameter called `name` (versions differ; numbers are not compared)."""
-    return name in inspect.signature(function).parameters

@@ -97,7 +97,6 @@ def quiet_logging(level: int = logging.WARNING) -> None:
 def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
     """Call deepspeed.initialize; its complaints about the configuration become ConfigErrors."""
     import deepspeed
-    from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: F401  (imports pydantic's errors)
     from pydantic import ValidationError
 
     try:
@@ -316,11 +315,6 @@ def override(engine: Any, name: str, make: Callable[[Callable[..., Any]], Callab
     replacement = make(original)
     replacement.__doc__ = original.__doc__
     setattr(engine, name, replacement)
-
-
-def save_arguments(method: Callable[..., Any]) -> bool:
-    """Return whether save_checkpoint still takes what we pass."""
-    return {"save_dir", "tag", "client_state", "save_latest"} <= set(inspect.signature(method).parameters)
 
 
 def write_monitor_events(engine: Any, metrics: Mapping[str, Mapping[str, float]]) -> None:

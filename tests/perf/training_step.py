@@ -29,7 +29,6 @@ MODELS = {
     "tiny": "--num-layers 2 --hidden-size 64 --num-attention-heads 4",
 }
 NO_FUSION = "--no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-cross-entropy-fusion"
-ZERO1 = {"stage": 1}
 
 
 @dataclass(frozen=True)
