@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 
@@ -19,3 +20,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def ranks() -> Callable[[int], RankPool]:
     """Return a function from a number of ranks to something that runs functions on them."""
     return RankPool
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail instead of waiting for ever, as the interpreter would, for a process that a test left behind."""
+    for process in multiprocessing.active_children():
+        if not process.daemon:
+            print(f"\nthe tests left process {process.name} (pid {process.pid})")
+            session.exitstatus = 1
+        process.kill()

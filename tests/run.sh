@@ -10,6 +10,7 @@
 # Every part runs, also after one has failed; the status is 0 when none did. GPU tests are left out without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec </dev/null  # a closed standard input breaks nvcc
 
 install=1
 case "${1:-}" in

@@ -7,6 +7,9 @@ samples consumed alone.
 
 from __future__ import annotations
 
+import atexit
+import functools
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +83,8 @@ class PretrainingLoader:
             generator=torch.Generator().manual_seed(0),
             worker_init_fn=_start_worker,
         )
+        if self._num_workers:
+            _kill_workers_at_exit()
         batches = iter(loader)
         for _ in range(len(self._sampler)):
             yield _next(batches)
@@ -103,6 +108,21 @@ def _start_worker(worker: int) -> None:
     """Loader processes leave signals to the process that owns them: it saves first, then ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@functools.cache
+def _kill_workers_at_exit() -> None:
+    """Replace multiprocessing's end of daemons, a SIGTERM and an endless wait: loader processes ignore it.
+
+    An iterator that is still referenced at exit, as by the traceback of an error, has not ended them itself.
+    """
+
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
+
+    atexit.register(kill)
 
 
 def make_loader(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,6 +102,36 @@ def test_a_users_error_in_a_loader_process_stays_one_message(num_workers):
     with pytest.raises(UserError) as caught:
         next(iter(make_loader(Failing(), 0, 1, 0, 1, num_workers)))
     assert str(caught.value) == "sample 0: bad"
+
+
+def test_a_loader_process_outlives_signals_to_all():
+    before = set(multiprocessing.active_children())
+    batches = iter(make_loader(synthetic(), 0, 2, 0, 1, 1))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    for name in ("-TERM", "-INT"):
+        subprocess.run(["kill", name, str(worker.pid)], check=True)
+    next(batches), next(batches), next(batches)
+    assert worker.is_alive()
+
+
+def test_an_error_with_loader_processes_ends_the_program():
+    code = """
+from pretraining.sampler import make_loader
+from pretraining.synthetic import SyntheticDataset
+batches = iter(make_loader(SyntheticDataset(64, seq_length=8, vocab_size=50, seed=1, split=0), 0, 2, 0, 1, 1))
+next(batches)
+raise RuntimeError("a bug in the training step")
+"""
+    paths = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1 and "a bug in the training step" in done.stderr
 
 
 def test_synthetic_samples_depend_on_seed_split_and_index_alone():
