@@ -32,7 +32,11 @@ class TechniqueRow:
 
 TECHNIQUES: tuple[TechniqueRow, ...] = (
     TechniqueRow(
-        "slope", ("slope",), "ds_efficient.slope.config:SlopeConfig", None, "double-pruned N:M sparse weights"
+        "slope",
+        ("slope",),
+        "ds_efficient.slope.config:SlopeConfig",
+        "ds_efficient.slope.technique:SlopeTechnique",
+        "double-pruned N:M sparse weights",
     ),
     TechniqueRow(
         "rmm", ("rmm",), "ds_efficient.rmm.config:RmmConfig", None, "weight gradients from a random sketch"

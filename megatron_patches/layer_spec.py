@@ -1,8 +1,8 @@
 """Layer specs of a GPT model that need neither CUDA, Transformer Engine nor apex.
 
 `layer_spec` edits megatron-core's own local spec: our norms, attention through torch's
-scaled_dot_product_attention and, where a technique asks for it, other linear layers. Transformer Engine's
-spec is used when asked for, and refused with the reason where it is not installed.
+scaled_dot_product_attention, and linear layers that techniques can act on. Transformer Engine's spec is used
+when asked for, and refused with the reason where it is not installed or leaves a technique no place.
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ from typing import Any
 
 from ds_efficient.errors import UserError
 from megatron_patches.attention import SdpaCoreAttention
+from megatron_patches.linears import SeamColumnParallelLinear, SeamRowParallelLinear
 from megatron_patches.norms import TorchHeadNorm, TorchNorm
 
-LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+_SEAMS = {
+    "linear_qkv": SeamColumnParallelLinear,
+    "linear_proj": SeamRowParallelLinear,
+    "linear_fc1": SeamColumnParallelLinear,
+    "linear_fc2": SeamRowParallelLinear,
+}
+LINEARS = tuple(_SEAMS)
+# Techniques that act on linear layers through `ds_efficient.core.linear_seam`.
+SEAM_TECHNIQUES = ("slope", "rmm")
 TRANSFORMER_IMPLS = ("local", "transformer_engine")
 
 
@@ -35,14 +44,16 @@ def layer_spec(
     """Return the ModuleSpec of one GPT layer.
 
     Args:
-        config: EfficiencyConfig of the run, or None; enabled techniques decide about `linears`.
+        config: EfficiencyConfig of the run, or None.
         transformer_config: megatron-core's TransformerConfig.
         linears: replacements by name (one of ``LINEARS``): a class or ModuleSpec with the signature of
-            megatron-core's ColumnParallelLinear (qkv, fc1) or RowParallelLinear (proj, fc2).
+            megatron-core's ColumnParallelLinear (qkv, fc1) or RowParallelLinear (proj, fc2). Techniques
+            cannot act on a replacement that is no `ds_efficient.core.linear_seam.LinearSeam`.
         transformer_impl: ``"local"`` or ``"transformer_engine"``.
 
     Raises:
-        UserError: Transformer Engine asked for but not installed, or `linears` combined with it.
+        UserError: Transformer Engine asked for but not installed, or combined with `linears` or with a
+            technique that acts on linear layers.
     """
     replacements = dict(linears or {})
     unknown = sorted(set(replacements) - set(LINEARS))
@@ -54,6 +65,7 @@ def layer_spec(
                 "--transformer-impl transformer_engine: its fused layers leave no place for "
                 f"{', '.join(replacements)}; use --transformer-impl local"
             )
+        _refuse_techniques_without_seam(config)
         return _transformer_engine_spec(transformer_config)
     if transformer_impl != "local":
         raise UserError(
@@ -76,9 +88,19 @@ def _local_spec(transformer_config: Any, replacements: Mapping[str, Any]) -> Any
     if transformer_config.qk_layernorm:
         attention.q_layernorm = TorchHeadNorm
         attention.k_layernorm = TorchHeadNorm
-    for name, linear in replacements.items():
+    for name, linear in {**_SEAMS, **replacements}.items():
         setattr(attention if hasattr(attention, name) else mlp, name, linear)
     return spec
+
+
+def _refuse_techniques_without_seam(config: Any) -> None:
+    """Raise UserError where an enabled technique needs the seam, which Transformer Engine's layers lack."""
+    needing = [row.name for row in config.enabled() if row.name in SEAM_TECHNIQUES] if config else []
+    if needing:
+        raise UserError(
+            "--transformer-impl transformer_engine: its linear layers leave no place for "
+            f"{', '.join(needing)}; use --transformer-impl local, or set {needing[0]}.enabled to false"
+        )
 
 
 def require_transformer_engine() -> None:

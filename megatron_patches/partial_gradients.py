@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_SUMMED = "partial_gradient_is_summed"
+
 
 def has_partial_gradient(parameter: torch.nn.Parameter) -> bool:
     """Return whether each tensor-parallel rank holds only a part of this parameter's gradient."""
@@ -27,14 +29,14 @@ def sum_partial_gradients(model: torch.nn.Module, group: Any) -> list[str]:
     """Register a hook on each such parameter that sums its gradient over `group`.
 
     Call before the engine is built: the hook then runs before DeepSpeed accumulates, reduces or partitions,
-    which makes it right under every ZeRO stage.
+    which makes it right under every ZeRO stage. A parameter that has the hook already is left alone.
 
     Args:
-        model: the model of this rank.
+        model: the model of this rank, or a module of it.
         group: tensor-parallel process group.
 
     Returns:
-        Names of the parameters.
+        Names of the parameters that got the hook.
     """
     if group is None or dist.get_world_size(group) == 1:
         return []
@@ -46,7 +48,9 @@ def sum_partial_gradients(model: torch.nn.Module, group: Any) -> list[str]:
 
     names = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and has_partial_gradient(parameter):
+        wanted = parameter.requires_grad and has_partial_gradient(parameter)
+        if wanted and not getattr(parameter, _SUMMED, False):
             parameter.register_hook(complete)
+            setattr(parameter, _SUMMED, True)
             names.append(name)
     return names

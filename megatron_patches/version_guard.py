@@ -90,6 +90,40 @@ SEAMS: tuple[Seam, ...] = (
         ("input_size", "output_size", "config", "init_method", "bias", "skip_bias_add", "input_is_parallel"),
         "linear layers of techniques",
     ),
+    Seam(
+        "megatron.core.tensor_parallel.layers:ColumnParallelLinear._forward_impl",
+        ("input", "weight"),
+        "linear layers of techniques",
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.layers:RowParallelLinear._forward_impl",
+        ("input", "weight"),
+        "linear layers of techniques",
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.layers:linear_with_grad_accumulation_and_async_allreduce",
+        (
+            "input",
+            "weight",
+            "bias",
+            "gradient_accumulation_fusion",
+            "allreduce_dgrad",
+            "sequence_parallel",
+            "grad_output_buffer",
+            "tp_group",
+        ),
+        "what those layers are asked for",
+    ),
+    Seam(
+        "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint",
+        ("state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets"),
+        "sharded tensors of techniques",
+    ),
+    Seam(
+        "megatron.core.transformer.mlp:apply_swiglu_sharded_factory",
+        ("original_sh_ten", "sharded_offsets", "singleton_local_shards"),
+        "sharded tensors of techniques in gated layers",
+    ),
 )
 
 

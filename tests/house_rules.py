@@ -22,7 +22,7 @@ LONGER_FUNCTIONS = {"launch/pretrain_gpt.py main": 80}
 _CORE_BASE = tuple(
     f"ds_efficient.core.{name}"
     for name in (
-        "keys technique shape inventory inventory_torch layout state gpu_peaks "
+        "keys technique shape inventory inventory_torch layout linear_seam state gpu_peaks "
         "deepspeed_compat deepspeed_schema"
     ).split()
 )

@@ -124,7 +124,8 @@ def estimate_communication(
     """Return the bytes of the pipeline stage that sends most.
 
     Args:
-        inventory: of the whole model; without a known shape tensor and pipeline traffic counts 0.
+        inventory: of the whole model, as the techniques leave it (`Inventory.with_actions`); without a known
+            shape tensor and pipeline traffic counts 0.
         layout: one that runs.
         deepspeed: the JSON, for ``zero_optimization.use_multi_rank_bucket_allreduce``.
     """

@@ -331,6 +331,44 @@ def write_monitor_events(engine: Any, metrics: Mapping[str, Mapping[str, float]]
         monitor.write_events(events)
 
 
+def whole(parameters: Iterable[torch.nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which ZeRO-3 parameters are gathered, for reading; collective over their ranks."""
+    import deepspeed
+
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext()
+
+
+def restart_adam(engine: Any, group_name: str) -> int:
+    """Set the step counter of Adam's bias correction to 0 for the parameter groups called `group_name`.
+
+    For parameters that had no gradient so far: their moments are 0 while the counter is not, so that the
+    first updates would lack the bias correction and be up to 1 / sqrt(1 - beta2) times too large.
+
+    Returns:
+        How many counters were set; 0 where the optimizer has kept none yet.
+    """
+    base = engine.optimizer
+    while hasattr(base, "optimizer"):
+        base = base.optimizer
+    numbers = [i for i, group in enumerate(base.param_groups) if group.get("name") == group_name]
+    tensors = [tensor for number in numbers for tensor in base.param_groups[number]["params"]]
+    group_of = getattr(engine.optimizer, "sub_group_to_group_id", {})  # ZeRO-3 hands groups over in parts
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
+    tensors += [tensor for part, tensor in enumerate(flat) if group_of.get(part) in numbers]
+    count = 0
+    for number in numbers:
+        if "step" in base.param_groups[number]:
+            base.param_groups[number]["step"] = 0
+            count += 1
+    for tensor in tensors:
+        state = base.state.get(tensor, {})
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+            count += 1
+    return count
+
+
 def parameter_ids(groups: Sequence[Any]) -> set[int]:
     """Return the identities of all parameters in a list of parameters or of parameter groups."""
     found: set[int] = set()

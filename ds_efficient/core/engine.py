@@ -17,6 +17,7 @@ from ds_efficient.core import evidence as evidence_module
 from ds_efficient.core.apply import apply_techniques, build_techniques
 from ds_efficient.core.checkpoint import CheckpointStore
 from ds_efficient.core.inventory import Inventory
+from ds_efficient.core.parameter_groups import split_groups
 from ds_efficient.core.technique import Action, Evidence, RunContext, StepContext, Technique
 from ds_efficient.errors import ConfigError, UserError
 
@@ -133,6 +134,7 @@ def initialize(
     techniques = build_techniques(settings, context)
     actions = apply_techniques(model, techniques, Inventory.from_model(model)) if techniques else {}
     parameters = _parameters(model, model_parameters)
+    _check_optimizer(model, optimizer)
     engine, engine_optimizer, loader, scheduler = compat.initialize(
         model=model,
         optimizer=optimizer,
@@ -194,7 +196,7 @@ def _parameters(model: torch.nn.Module, given: Any) -> Any:
     """Return what DeepSpeed gets as model_parameters, checked against the changed model."""
     chosen = given(model) if callable(given) else given
     if chosen is None:
-        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return split_groups([parameter for parameter in model.parameters() if parameter.requires_grad])
     groups = list(chosen)
     known = {id(parameter) for parameter in model.parameters()}
     if not compat.parameter_ids(groups) <= known:
@@ -202,4 +204,14 @@ def _parameters(model: torch.nn.Module, given: Any) -> Any:
             "model_parameters: some are no longer in the model, because a technique replaced them; "
             "give a function instead, e.g. model_parameters=lambda model: model.parameters()"
         )
-    return groups
+    return split_groups(groups)
+
+
+def _check_optimizer(model: torch.nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer that was made for the parameters of before."""
+    held = compat.parameter_ids(getattr(optimizer, "param_groups", []))
+    if not held <= {id(parameter) for parameter in model.parameters()}:
+        raise UserError(
+            "optimizer: it holds parameters that are no longer in the model, because a technique replaced "
+            "them; give a function instead, e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)"
+        )

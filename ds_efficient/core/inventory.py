@@ -7,14 +7,18 @@ when a module is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from ds_efficient.core.shape import ModelShape, Recompute, padded_vocab_size
+from ds_efficient.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from ds_efficient.core.technique import Action
 
 __all__ = ["Inventory", "ModelShape", "ModuleInfo", "Recompute", "padded_vocab_size"]
 
@@ -37,6 +41,9 @@ class ModuleInfo:
             embedding cut along the vocabulary has ``"in"``.
         tied_to: name of the module whose weight this one uses, or None.
         class_name: the module's class; empty when planned from a shape.
+        whole_parameters: parameters that each tensor-parallel rank holds whole, after a technique has changed
+            the module; None: those of the dense module.
+        buffer_bytes: full bytes of techniques' buffers; tensor parallelism cuts them with the weight.
     """
 
     name: str
@@ -49,6 +56,8 @@ class ModuleInfo:
     tensor_parallel: Literal["in", "out"] | None = None
     tied_to: str | None = None
     class_name: str = field(default="", compare=False)
+    whole_parameters: int | None = None
+    buffer_bytes: int = 0
 
     @property
     def is_linear(self) -> bool:
@@ -60,17 +69,60 @@ class ModuleInfo:
         """Last part of the name (``"linear_qkv"``)."""
         return self.name.rpartition(".")[2]
 
+    def matches(self, names: Sequence[str]) -> bool:
+        """Return whether one of a section's names (`ds_efficient.config.fields.Names`) means this module.
+
+        A name means the modules whose dotted name it is or ends (``"linear_fc1"``, ``"mlp.linear_fc1"``); one
+        with ``*`` or ``?`` is a pattern (`fnmatch`) for the whole dotted name or an end of it
+        (``"layers.0.*"``), where ``*`` also stands for dots. Upper and lower case differ.
+        """
+        parts = self.name.split(".")
+        ends = [".".join(parts[start:]) for start in range(len(parts))]
+        return any(
+            any(fnmatchcase(end, name) for end in ends) if "*" in name or "?" in name else name in ends
+            for name in names
+        )
+
+    @property
+    def _rest(self) -> int:
+        """Parameters of a dense layer beside its own weight: the bias. Other modules are all weight."""
+        if not self.is_linear and self.kind != "embedding":
+            return 0
+        weight = self.in_features * self.out_features
+        return self.parameters if weight > self.parameters else self.parameters - weight
+
     def rank_parameters(self, tensor_parallel: int) -> int:
         """Return the parameters one tensor-parallel rank holds."""
         if self.tensor_parallel is None or tensor_parallel == 1:
             return self.parameters
-        weight = self.in_features * self.out_features
-        if weight > self.parameters:  # a tied weight, counted elsewhere
-            weight = 0
-        rest = self.parameters - weight
-        if self.tensor_parallel == "out":  # the bias is cut with the outputs
-            return (weight + rest) // tensor_parallel
-        return weight // tensor_parallel + rest
+        whole = self.whole_parameters
+        if whole is None:
+            whole = 0 if self.tensor_parallel == "out" else self._rest  # "out" cuts the bias too
+        return (self.parameters - whole) // tensor_parallel + whole
+
+    def rank_buffer_bytes(self, tensor_parallel: int) -> int:
+        """Return the bytes of techniques' buffers that one tensor-parallel rank holds."""
+        return self.buffer_bytes if self.tensor_parallel is None else self.buffer_bytes // tensor_parallel
+
+    def with_action(self, action: Action) -> ModuleInfo:
+        """Return the dense module as `action`, which states `parameters`, leaves it.
+
+        Raises:
+            ValueError: `action` leaves less than the bias, or changes a weight that two modules share.
+        """
+        assert action.parameters is not None
+        cut, whole = action.extra_parameters
+        weight = action.parameters - self._rest - cut - whole
+        if weight < 0:
+            raise ValueError(
+                f"{self.name}: parameters = {action.parameters} do not hold the bias ({self._rest}) and "
+                f"extra_parameters = {action.extra_parameters}"
+            )
+        if self.tied_to is not None and weight != 0:
+            raise ValueError(f"{self.name}: its weight is that of {self.tied_to}; it cannot be changed")
+        if self.tensor_parallel == "in":
+            whole += self._rest
+        return replace(self, parameters=action.parameters, whole_parameters=whole)
 
 
 @dataclass(frozen=True)
@@ -112,6 +164,38 @@ class Inventory:
             if module.name == name:
                 return module
         raise KeyError(name)
+
+    def with_actions(self, actions: Iterable[Action]) -> Inventory:
+        """Return this inventory of the dense model after the techniques: with their parameters and buffers.
+
+        `in_features` and `out_features` stay, so FLOPs are counted from either.
+
+        Raises:
+            UserError: two techniques change the parameters of one module.
+            ValueError: an action's sizes contradict the module, or it has sizes and no module of that name.
+        """
+        modules = {module.name: module for module in self.modules}
+        shared = {module.tied_to for module in self.modules}
+        changed: dict[str, Action] = {}
+        for action in actions:
+            if action.skipped or (action.parameters is None and not action.buffer_bytes):
+                continue
+            module = modules.get(action.module)
+            if module is None:
+                raise ValueError(f"{action.module}: an action states sizes of a module without parameters")
+            if action.parameters is not None:
+                if action.module in changed:
+                    both = f'"{changed[action.module].action}" and "{action.action}"'
+                    raise UserError(
+                        f"{action.module}: {both} both change its parameters; exclude the module from one of "
+                        "the two techniques"
+                    )
+                if action.module in shared and action.parameters != module.parameters:
+                    raise ValueError(f"{action.module}: another module uses its weight; it cannot be changed")
+                changed[action.module] = action
+                module = module.with_action(action)
+            modules[action.module] = replace(module, buffer_bytes=module.buffer_bytes + action.buffer_bytes)
+        return replace(self, modules=tuple(modules.values()))
 
     def __iter__(self) -> Iterator[ModuleInfo]:
         return iter(self.modules)

@@ -9,11 +9,13 @@ parameters                e N                   e N             e N             
 gradients                 e N                   e N             e N / D         e N / D
 fp32 master copy          4 N (0 in fp32)       4 N / D         4 N / D         4 N / D
 optimizer states          s N                   s N / D         s N / D         s N / D
+buffers of techniques     b                     b               b               b
 ========================  ====================  ==============  ==============  ==============
 
-with s = 8 for Adam (see `STATE_BYTES`). DeepSpeed keeps a master copy in fp32 from stage 1 on even when the
-model is fp32. Activations are those that the backward pass needs (`layer_activation_bytes`), of all
-micro-batches in flight: a pipeline stage p of P holds min(micro-batches, P - p) under the 1F1B schedule.
+with s = 8 for Adam (see `STATE_BYTES`) and b of `Action.buffer_bytes`. DeepSpeed keeps a master copy in fp32
+from stage 1 on even when the model is fp32. Activations are those that the backward pass needs
+(`layer_activation_bytes`), of all micro-batches in flight: a pipeline stage p of P holds
+min(micro-batches, P - p) under the 1F1B schedule.
 
 The peak lies at the end of the forward pass or at the start of the backward one, where the activations of all
 layers meet the logits, or in the optimizer step. What the caching allocator reserves on top, and the
@@ -86,6 +88,7 @@ class MemoryEstimate:
         communication: DeepSpeed's buckets; with ZeRO 3 also the gathered parameters.
         step: what the optimizer step needs for a moment: fp32 gradients of the rank's partition.
         host: bytes in host memory (offloading).
+        buffers: of the techniques (masks, operands); ZeRO neither partitions nor offloads them.
         accumulating: whether gradients of earlier micro-batches are there while activations are made.
     """
 
@@ -100,12 +103,13 @@ class MemoryEstimate:
     communication: float
     step: float
     host: float = 0.0
+    buffers: float = 0.0
     accumulating: bool = False
 
     @property
     def resident(self) -> float:
         """Bytes held all the time."""
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.buffers
 
     @property
     def peak(self) -> float:
@@ -114,7 +118,8 @@ class MemoryEstimate:
         Gradients are made while activations are freed: with one micro-batch there are none at the start
         of the backward pass.
         """
-        steady = self.resident if self.accumulating else self.parameters + self.optimizer
+        steady = self.parameters + self.optimizer + self.buffers
+        steady += self.gradients if self.accumulating else 0.0
         backward = steady + self.activations + max(self.logits, self.workspace + self.communication)
         return max(backward, self.resident + self.communication, self.resident + self.step)
 
@@ -124,6 +129,7 @@ class MemoryEstimate:
             "parameters",
             "gradients",
             "optimizer",
+            "buffers",
             "activations",
             "logits",
             "workspace",
@@ -264,20 +270,26 @@ def logits_bytes(shape: ModelShape, layout: ParallelLayout) -> float:
     return elements * (layout.element_bytes + LOSS_BYTES)
 
 
+def _on_stage(inventory: Inventory, layout: ParallelLayout, stage: int) -> list[ModuleInfo]:
+    """Return the modules of a pipeline stage."""
+    layers = max(1, inventory.num_layers // layout.pipeline)
+    last = layout.pipeline - 1
+
+    def stage_of(module: ModuleInfo) -> int:
+        if module.layer is not None:
+            return min(module.layer // layers, last)
+        return 0 if module.kind == "embedding" else last
+
+    return [module for module in inventory if stage_of(module) == stage]
+
+
 def rank_parameters(inventory: Inventory, layout: ParallelLayout, stage: int) -> int:
     """Return the parameters of one rank of a pipeline stage.
 
     With tied embeddings the last stage holds a copy of the embedding's weight.
     """
-    layers = max(1, inventory.num_layers // layout.pipeline)
     last = layout.pipeline - 1
-
-    def on_stage(module: ModuleInfo) -> bool:
-        if module.layer is not None:
-            return min(module.layer // layers, last) == stage
-        return stage == (0 if module.kind == "embedding" else last)
-
-    held = sum(module.rank_parameters(layout.tensor) for module in inventory if on_stage(module))
+    held = sum(module.rank_parameters(layout.tensor) for module in _on_stage(inventory, layout, stage))
     if stage == last and last > 0:
         for module in inventory:
             if module.kind == "output" and module.tied_to is not None:
@@ -299,6 +311,7 @@ def _stage_estimate(
 ) -> MemoryEstimate:
     zero, e = layout.zero_stage, layout.element_bytes
     held = float(rank_parameters(inventory, layout, stage))
+    modules = _on_stage(inventory, layout, stage)
     shard = held / layout.data
     parameters = e * (shard if zero == 3 else held)
     gradients = e * (shard if zero >= 2 else held)
@@ -331,6 +344,7 @@ def _stage_estimate(
         communication=communication,
         step=step,
         host=host,
+        buffers=float(sum(module.rank_buffer_bytes(layout.tensor) for module in modules)),
         accumulating=layout.num_microbatches > 1,
     )
 
@@ -345,7 +359,8 @@ def estimate(
     """Return the memory of the pipeline stage that needs most.
 
     Args:
-        inventory: of the whole model; without a known shape activations and logits count 0.
+        inventory: of the whole model, as the techniques leave it (`Inventory.with_actions`); without a known
+            shape activations and logits count 0.
         layout: one that runs (`ds_efficient.core.parallelism.check`).
         buffers: DeepSpeed's buffer sizes.
         settings: attention, dropout, and what techniques save.

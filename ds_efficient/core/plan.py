@@ -30,7 +30,8 @@ class Plan:
     Attributes:
         source: name of the configuration.
         layout: parallel sizes, ZeRO, precision, batches.
-        inventory: modules of the whole model.
+        inventory: modules of the whole model, dense.
+        changed: the inventory after the techniques, which memory and communication follow.
         actions: what each enabled technique does, by its name.
         memory: estimates for ZeRO 0 to 3; the one of ``layout.zero_stage`` is the run's.
         stage_problems: for each ZeRO stage, why it does not run with this layout; empty: it runs.
@@ -42,6 +43,7 @@ class Plan:
     source: str
     layout: ParallelLayout
     inventory: Inventory
+    changed: Inventory
     actions: Mapping[str, Sequence[Action]]
     memory: Sequence[MemoryEstimate]
     stage_problems: Sequence[Sequence[str]]
@@ -59,16 +61,7 @@ class Plan:
     @property
     def parameters_after(self) -> int:
         """Parameters once the techniques have changed the model."""
-        changes = {
-            action.module: action.parameters
-            for actions in self.actions.values()
-            for action in actions
-            if action.parameters is not None and not action.skipped
-        }
-        return sum(
-            module.parameters if changes.get(module.name) is None else int(changes[module.name] or 0)
-            for module in self.inventory
-        )
+        return self.changed.total_parameters
 
     def text(self) -> str:
         """Return the plan as a readable text; layers with equal rows are folded into one."""
@@ -87,8 +80,9 @@ class Plan:
                 "in_features": module.in_features,
                 "out_features": module.out_features,
                 "parameters": module.parameters,
+                "parameters_after": after.parameters,
             }
-            for module in self.inventory
+            for module, after in zip(self.inventory, self.changed, strict=True)
         ]
         return {
             "source": self.source,
@@ -167,7 +161,8 @@ def build_plan(
 
     Raises:
         ConfigError: every problem of the configuration.
-        UserError: every reason why the layout does not run.
+        UserError: every reason why the layout does not run; or two techniques that change one module's
+            parameters.
     """
     if isinstance(config, Mapping | str | os.PathLike):
         from ds_efficient.config import load_config
@@ -179,15 +174,17 @@ def build_plan(
     require(layout)
     actions = _plan_actions(config, layout, inventory)
     every = [action for group in actions.values() for action in group]
+    changed = inventory.with_actions(every)
     settings = activations or Activations()
     settings = replace(settings, kept=Activations.with_actions(every).kept)
     return Plan(
         source=config.source,
         layout=layout,
         inventory=inventory,
+        changed=changed,
         actions=actions,
         memory=estimate_stages(
-            inventory, layout, buffers=ZeroBuffers.from_config(deepspeed), settings=settings
+            changed, layout, buffers=ZeroBuffers.from_config(deepspeed), settings=settings
         ),
         stage_problems=[check(_at_stage(layout, stage)) for stage in range(4)],
         model_flops=model_flops_per_token(inventory),
@@ -199,7 +196,7 @@ def build_plan(
             attention=settings.attention,
             causal=settings.attention == "fused",
         ),
-        communication=estimate_communication(inventory, layout, deepspeed),
+        communication=estimate_communication(changed, layout, deepspeed),
         warnings=_all_warnings(config, layout, inventory),
     )
 

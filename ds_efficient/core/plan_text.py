@@ -163,6 +163,7 @@ _MEMORY_ROWS = (
     ("parameters", "parameters"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer states, fp32 copy"),
+    ("buffers", "buffers of techniques"),
     ("activations", "activations"),
     ("logits", "logits and loss"),
     ("workspace", "backward workspace"),

@@ -63,21 +63,47 @@ class StepContext:
 class Action:
     """What a technique does with one module.
 
+    Sizes are full ones: of the whole module, before tensor parallelism cuts it. Of `parameters`, what is
+    neither in `extra_parameters` nor in the dense layer's bias is the module's weight, which is cut as the
+    dense weight was (`ds_efficient.core.inventory.Inventory.with_actions`). A column-parallel layer, for
+    example, whose (out, in) weight becomes half as large and which gets adapters (out, r), cut, and (r, in),
+    on each rank whole, has ``parameters = out * in // 2 + bias + r * (out + in)`` and
+    ``extra_parameters = (r * out, r * in)``.
+
     Attributes:
         module: dotted module name in the model.
         action: what is done, in a few words (``"sparse 2:4"``), or ``"skip"``.
         reason: for ``"skip"``: why.
-        parameters: parameters the module has afterwards, or None when unchanged.
+        parameters: all parameters the module has afterwards, or None when unchanged.
+        extra_parameters: those of `parameters` that the technique adds beside weight and bias: how many
+            tensor parallelism cuts, and how many each of its ranks holds whole. Where the layer itself is not
+            cut, only their sum counts.
+        buffer_bytes: bytes of the buffers that the technique keeps for the module (masks, operands). They
+            are cut with the layer by tensor parallelism; ZeRO does not partition them.
         saved_activation_fraction: share of the module's saved input that is no longer kept, 0 to 1.
         options: plain values that `Technique.apply` needs.
+
+    Raises:
+        ValueError: a negative size, or extra parameters that `parameters` does not contain.
     """
 
     module: str
     action: str
     reason: str = ""
     parameters: int | None = None
+    extra_parameters: tuple[int, int] = (0, 0)
+    buffer_bytes: int = 0
     saved_activation_fraction: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.parameters or 0, *self.extra_parameters, self.buffer_bytes) < 0:
+            raise ValueError(f"{self.module}: a size in {self} is negative")
+        if sum(self.extra_parameters) > (self.parameters or 0):
+            raise ValueError(
+                f"{self.module}: extra_parameters {self.extra_parameters} are more than parameters = "
+                f"{self.parameters}, which includes them"
+            )
 
     @property
     def skipped(self) -> bool:

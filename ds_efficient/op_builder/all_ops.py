@@ -70,6 +70,22 @@ _SPECS = (
         builder="ds_efficient.op_builder.keyed_random:KeyedRandomCUDABuilder",
         title="counter-based random numbers, CUDA",
     ),
+    OpSpec(
+        name="slope",
+        device="cpu",
+        sources=("slope/slope_cpu.cpp",),
+        builder="ds_efficient.op_builder.slope:SlopeCPUBuilder",
+        title="N:M sparse matrices, C++",
+        include=("common", "slope"),
+    ),
+    OpSpec(
+        name="slope",
+        device="cuda",
+        sources=("slope/slope_cuda.cu", "slope/slope_operands.cu"),
+        builder="ds_efficient.op_builder.slope:SlopeCUDABuilder",
+        title="N:M sparse matrices, CUDA",
+        include=("common", "slope"),
+    ),
 )
 
 ALL_OPS: dict[str, OpSpec] = {spec.full_name: spec for spec in _SPECS}

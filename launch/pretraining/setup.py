@@ -274,6 +274,42 @@ def versions() -> dict[str, str]:
     }
 
 
+def executed_flops(args: argparse.Namespace, shape: ModelShape, engine: Any, group: Any) -> float:
+    """Return the FLOPs of one token that the whole model executes: recomputation and techniques counted.
+
+    A rank knows what the techniques do on its pipeline stage only; the ranks add up what the stages leave
+    out.
+
+    Args:
+        args: command line.
+        shape: of the whole dense model.
+        engine: DeepSpeed engine with the techniques' actions.
+        group: gloo group of all ranks.
+    """
+    from megatron_patches.initialization import global_name
+
+    stages = args.pipeline_model_parallel_size
+    count = functools.partial(
+        executed_flops_per_token, shape, recompute=recompute_of(args), pipeline_parallel=stages
+    )
+    every = count().total
+    groups = engine.ds_efficient.actions
+    if not groups:
+        return every
+    first_layer = engine.module.decoder.layers[0].layer_number - 1
+    actions = [
+        # with a dot, so that the number at the end of a whole layer's name is found too
+        dataclasses.replace(action, module=global_name(f"{action.module}.", first_layer, tied=False)[:-1])
+        for found in groups.values()
+        for action in found
+    ]
+    left_out = torch.tensor(every - count(actions=actions).total, dtype=torch.float64)
+    if stages > 1:
+        dist.all_reduce(left_out, group=group)
+        left_out /= dist.get_world_size() // stages  # ranks that hold the same stage
+    return every - float(left_out)
+
+
 def build_trainer(
     args: argparse.Namespace,
     settings: Settings,
@@ -287,9 +323,7 @@ def build_trainer(
     """Put the parts together."""
     shape = model_shape(args, vocab_size)
     model_flops = model_flops_per_token(shape).total
-    executed = executed_flops_per_token(
-        shape, recompute=recompute_of(args), pipeline_parallel=args.pipeline_model_parallel_size
-    ).total
+    executed = executed_flops(args, shape, engine, parallel.info.host_group)
     peak = peak_tflops(device_name(), settings.precision)
     runner: PlainRunner | PipelinedRunner = PlainRunner(engine, settings)
     if args.pipeline_model_parallel_size > 1:
@@ -311,5 +345,5 @@ def build_trainer(
         train_batches=data.batches("train", progress.consumed_samples),
         eval_batches={split: functools.partial(data.batches, split, 0) for split in data.eval_splits},
         data_parallel_group=parallel.data_group,
-        recompute_factor=executed / model_flops,
+        executed_share=executed / model_flops,
     )

@@ -41,7 +41,7 @@ class Trainer:
         train_batches: endless batches of this rank.
         eval_batches: for each split a function that starts its batches anew; empty without data for it.
         data_parallel_group: for averages.
-        recompute_factor: executed over model FLOPs.
+        executed_share: executed over model FLOPs: recomputation adds, techniques leave out.
     """
 
     args: argparse.Namespace
@@ -55,7 +55,7 @@ class Trainer:
     train_batches: Iterator[Batch]
     eval_batches: dict[str, Callable[[], Iterator[Batch]]]
     data_parallel_group: Any
-    recompute_factor: float = 1.0
+    executed_share: float = 1.0
 
     def run(self) -> str:
         """Train to the end or an early stop; return the reason."""
@@ -110,7 +110,7 @@ class Trainer:
         memory = self._largest(peak_memory())
         scale = compat.loss_scale(self.engine)
         if self.log is not None:
-            executed = (speed["model_tflops"] or 0.0) * self.recompute_factor
+            executed = (speed["model_tflops"] or 0.0) * self.executed_share
             self.log.write(
                 "train",
                 step=progress.step,

@@ -219,6 +219,41 @@ def test_ranks_together_hold_at_least_the_whole_model(layers, heads, width, tp, 
     assert held * tp == inventory.total_parameters + (tp - 1) * replicated
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("decoder.layers.0.mlp.linear_fc1", True),
+        ("linear_fc1", True),
+        ("mlp.linear_fc1", True),
+        ("0.mlp.linear_fc1", True),
+        ("fc1", False),
+        ("r.layers.0.mlp.linear_fc1", False),
+        ("decoder.layers.0.mlp", False),
+        ("Linear_fc1", False),
+        ("linear_*", True),
+        ("Linear_*", False),
+        ("linear_fc?", True),
+        ("linear_f?", False),
+        ("layers.0.*", True),
+        ("decoder.*.linear_fc1", True),
+        ("layers.1.*", False),
+        ("decoder.*.linear_fc2", False),
+        ("ayers.*", False),
+        ("*", True),
+    ],
+)
+def test_names_of_a_section_mean_ends_of_dotted_names(name, meant):
+    module = Inventory.from_shape(GPT2_LIKE).find("decoder.layers.0.mlp.linear_fc1")
+    assert module.matches([name]) is meant
+    assert module.matches(["linear_proj", name]) is meant
+
+
+def test_no_name_means_no_module():
+    assert not any(module.matches(()) for module in Inventory.from_shape(GPT2_LIKE))
+    named = [module.leaf for module in Inventory.from_shape(GPT2_LIKE) if module.matches(["linear_fc*"])]
+    assert named == ["linear_fc1", "linear_fc2"] * 2
+
+
 def test_impossible_shapes_are_refused_with_every_problem_named():
     with pytest.raises(UserError, match=r"hidden_size = 30 .*num_query_groups = 3 .*'Bat'"):
         ModelShape(2, 30, 4, 128, 16, num_query_groups=3, normalization="Bat")

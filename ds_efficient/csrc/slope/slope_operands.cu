@@ -1,0 +1,306 @@
+// N:M sparse matrices on CUDA devices: operands of the 2:4 sparse products. C ABI, no torch headers; see
+// slope_common.h for the formats.
+#include <cuda_pipeline.h>
+
+#include "slope_cuda.h"
+
+namespace {
+
+using namespace ds_efficient::slope;
+
+// Forward operand where it is no plain copy: a thread takes half a mask word, 8 slots.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_operand_kernel(const T* __restrict__ values, const uint32_t* __restrict__ forward, T* __restrict__ out,
+                           int64_t first_row, Matrix shape) {
+  constexpr int kHalfWord = kWord / 2;
+  const int64_t across = ceil_div(shape.columns, kHalfWord), pieces = across * shape.rows;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; p < pieces; p += stride) {
+    const int64_t row = p / across, column = p % across * kHalfWord;
+    const uint32_t word = __ldg(forward + (first_row + row) * shape.words + column / kWord);
+    const int shift = static_cast<int>(column % kWord);
+    const uint32_t bits = (word >> shift) & existing_bits(column, shape.columns, kHalfWord);
+    const T* next = values + (first_row + row) * shape.kept + column / kWord * shape.per_word +
+                    place_in_word(word, shift);
+    T* const target = out + row * (shape.columns / 2) + column / 2;
+#pragma unroll
+    for (int g = 0; g < kHalfWord / kGroup; ++g) {
+      if (column + g * kGroup >= shape.columns) break;
+      const uint32_t kept = (bits >> (g * kGroup)) & 15u;
+      SlotPair<T> pair{0, 0};
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        if ((kept >> j) & 1u) push(pair, __ldg(next++));
+      }
+      finish(pair, kept);
+      target[kSlots * g] = pair.first;
+      target[kSlots * g + 1] = pair.second;
+    }
+  }
+}
+
+template <typename T>
+cudaError_t forward_operand(const void* values, const uint32_t* forward, void* out, int64_t columns,
+                            int64_t first_row, int64_t rows, int n, int m, cudaStream_t stream) {
+  const Matrix shape = matrix_of(rows, columns, n, m);
+  const T* const source = static_cast<const T*>(values);
+  if (compact_is_operand(n, m)) {
+    return cudaMemcpyAsync(out, source + first_row * shape.kept, static_cast<size_t>(rows * shape.kept) * sizeof(T),
+                           cudaMemcpyDeviceToDevice, stream);
+  }
+  const int64_t pieces = ceil_div(columns, kWord / 2) * rows;
+  forward_operand_kernel<T><<<blocks_for(ceil_div(pieces, kThreads)), kThreads, 0, stream>>>(
+      source, forward, static_cast<T*>(out), first_row, shape);
+  return cudaGetLastError();
+}
+
+// Backward operand: a block takes kTileOutputs rows and kTileInputs columns of the matrix. Values and masks of the
+// tile go to shared memory, 128 contiguous bytes a row in the common case; each lane of a warp takes one column of a
+// mask word, so that all lanes share the mask words of a group and read at most a word's contiguous values; the
+// finished slots pass through the same shared memory to be stored along the outputs.
+struct Alignment {
+  bool values, masks, out;
+};
+
+template <typename T>
+struct alignas(kVector) TileMemory {
+  T data[kTileOutputs * kTileWords * (kWord / 2)];  // values of a row: at most half a word's; then the slots
+  uint32_t forward[kTileWords][kTileOutputs], backward[kTileWords][kTileOutputs];
+};
+
+template <typename T>
+__device__ __forceinline__ void load_tile(const T* __restrict__ values, const uint32_t* __restrict__ forward,
+                                          const uint32_t* __restrict__ backward, int64_t output, int64_t word,
+                                          const Matrix& shape, int shift, const Alignment& align,
+                                          TileMemory<T>& memory) {
+  static_assert(2 * kTileOutputs == kTileThreads, "a thread loads the mask words of one row of one mask");
+  const int64_t outputs = shape.rows - output < kTileOutputs ? shape.rows - output : kTileOutputs;
+  const int width = 1 << shift;  // values of a row of a whole tile
+  const int64_t first = word * shape.per_word, left = shape.kept - first;
+  const int count = left < width ? static_cast<int>(left) : width;
+  const T* const source = values + output * shape.kept + first;
+  constexpr int kPer = kPerVector<T>;
+  if (align.values) {
+    const int chunks = shift - (sizeof(T) == 2 ? 3 : 2);  // log2 of chunks of a row
+    for (int p = threadIdx.x; p < kTileOutputs << chunks; p += kTileThreads) {
+      const int row = p >> chunks, at = (p & ((1 << chunks) - 1)) * kPer;
+      if (row < outputs && at < count) {
+        __pipeline_memcpy_async(memory.data + row * width + at, source + row * shape.kept + at, kVector);
+      }
+    }
+  } else {
+    for (int p = threadIdx.x; p < kTileOutputs << shift; p += kTileThreads) {
+      const int row = p >> shift, at = p & (width - 1);
+      if (row < outputs && at < count) memory.data[p] = __ldg(source + row * shape.kept + at);
+    }
+  }
+  __pipeline_commit();
+  const int row = threadIdx.x % kTileOutputs;
+  const bool second = threadIdx.x >= kTileOutputs;
+  const uint32_t* const mask = (second ? backward : forward) + (output + row) * shape.words + word;
+  uint32_t bits[kTileWords] = {0, 0, 0, 0};
+  if (row < outputs) {
+    if (align.masks && word + kTileWords <= shape.words) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(mask));
+      bits[0] = four.x, bits[1] = four.y, bits[2] = four.z, bits[3] = four.w;
+    } else {
+#pragma unroll
+      for (int w = 0; w < kTileWords; ++w) {
+        if (word + w < shape.words) bits[w] = __ldg(mask + w);
+      }
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < kTileWords; ++w) (second ? memory.backward : memory.forward)[w][row] = bits[w];
+  __pipeline_wait_prior(0);
+}
+
+// The slots of this lane's column in the groups of 4 outputs that this warp has.
+template <typename T>
+__device__ __forceinline__ void gather_slots(const TileMemory<T>& memory, int shift, int per_word,
+                                             Pack<T, kSlots> (&slots)[kTilePasses]) {
+  const int lane = threadIdx.x % 32, word = threadIdx.x / 32 % kTileWords;
+  const int first_group = threadIdx.x / 32 / kTileWords * kTilePasses;
+#pragma unroll
+  for (int p = 0; p < kTilePasses; ++p) {
+    const int output = (first_group + p) * kGroup;
+    const uint4 forward = *reinterpret_cast<const uint4*>(&memory.forward[word][output]);
+    const uint4 backward = *reinterpret_cast<const uint4*>(&memory.backward[word][output]);
+    const uint32_t all[kGroup] = {forward.x, forward.y, forward.z, forward.w};
+    const uint32_t used[kGroup] = {backward.x, backward.y, backward.z, backward.w};
+    SlotPair<T> pair{0, 0};
+    uint32_t kept = 0;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      if (((all[j] & used[j]) >> lane) & 1u) {
+        kept |= 1u << j;
+        push(pair, memory.data[((output + j) << shift) + word * per_word + place_in_word(all[j], lane)]);
+      }
+    }
+    finish(pair, kept);
+    slots[p].value[0] = pair.first;
+    slots[p].value[1] = pair.second;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void stage_slots(const Pack<T, kSlots> (&slots)[kTilePasses], TileMemory<T>& memory) {
+  constexpr int kPer = kPerVector<T>, kPairs = kPer / kSlots;  // pairs of a chunk
+  const int lane = threadIdx.x % 32, word = threadIdx.x / 32 % kTileWords;
+  const int first_group = threadIdx.x / 32 / kTileWords * kTilePasses;
+#pragma unroll
+  for (int p = 0; p < kTilePasses; p += kPairs) {
+    Pack<T, kPer> chunk;
+#pragma unroll
+    for (int e = 0; e < kPer; ++e) chunk.value[e] = slots[p + e / kSlots].value[e % kSlots];
+    const int place = tile_chunk<sizeof(T)>(word * kWord + lane, (first_group + p) / kPairs);
+    *reinterpret_cast<Pack<T, kPer>*>(memory.data + place * kPer) = chunk;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_tile(const TileMemory<T>& memory, T* __restrict__ out, int64_t output,
+                                           int64_t input, int64_t first_row, int64_t rows, int64_t outputs,
+                                           bool vector) {
+  constexpr int kPer = kPerVector<T>, kChunks = kTileRow / kPer;
+  const int64_t pitch = outputs / kGroup * kSlots, column = output / kGroup * kSlots;
+#pragma unroll 4
+  for (int p = threadIdx.x; p < kTileInputs * kChunks; p += kTileThreads) {
+    const int row = p / kChunks, chunk = p % kChunks;
+    const int64_t target_row = input + row - first_row, at = column + chunk * kPer;
+    if (target_row < 0 || target_row >= rows || at >= pitch) continue;
+    const auto made = *reinterpret_cast<const Pack<T, kPer>*>(memory.data + tile_chunk<sizeof(T)>(row, chunk) * kPer);
+    T* const target = out + target_row * pitch + at;
+    if (vector) {
+      *reinterpret_cast<Pack<T, kPer>*>(target) = made;
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) {
+        if (at + e < pitch) target[e] = made.value[e];
+      }
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads)
+    backward_operand_kernel(const T* __restrict__ values, const uint32_t* __restrict__ forward,
+                            const uint32_t* __restrict__ backward, T* __restrict__ out, int64_t first_row,
+                            int64_t rows, Matrix shape, int shift, TileGrid grid, Alignment align) {
+  __shared__ TileMemory<T> memory;
+  const int64_t output = int64_t{blockIdx.x / grid.across} * kTileOutputs;
+  const int64_t word = grid.first_word + int64_t{blockIdx.x % grid.across} * kTileWords;
+  load_tile(values, forward, backward, output, word, shape, shift, align, memory);
+  __syncthreads();
+  Pack<T, kSlots> slots[kTilePasses];
+  gather_slots(memory, shift, shape.per_word, slots);
+  __syncthreads();
+  stage_slots(slots, memory);
+  __syncthreads();
+  store_tile(memory, out, output, word * kWord, first_row, rows, shape.rows, align.out);
+}
+
+template <typename T>
+cudaError_t backward_operand(const void* values, const uint32_t* forward, const uint32_t* backward, void* out,
+                             int64_t outputs, int64_t inputs, int64_t first_row, int64_t rows, int n, int m,
+                             cudaStream_t stream) {
+  const Matrix shape = matrix_of(outputs, inputs, n, m);
+  int shift = 0;  // values of a row of a tile: a power of two, since a 2:4 operand has 1 or 2 of M
+  while (1 << shift < kTileWords * shape.per_word) ++shift;
+  if (1 << shift != kTileWords * shape.per_word || shape.per_word > kWord / 2) return cudaErrorInvalidValue;
+  const TileGrid grid = tile_grid(first_row, rows);
+  const int64_t tiles = int64_t{grid.across} * ceil_div(outputs, kTileOutputs);
+  if (tiles > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const int64_t row_bytes = outputs / kGroup * kSlots * int64_t{sizeof(T)};
+  const Alignment align{
+      (1 << shift) >= kPerVector<T> && aligned(values, shape.kept * int64_t{sizeof(T)}, kVector),
+      aligned(forward, shape.words * 4, kVector) && aligned(backward, shape.words * 4, kVector),
+      aligned(out, row_bytes, kVector)};
+  backward_operand_kernel<T><<<static_cast<unsigned>(tiles), kTileThreads, 0, stream>>>(
+      static_cast<const T*>(values), forward, backward, static_cast<T*>(out), first_row, rows, shape, shift, grid,
+      align);
+  return cudaGetLastError();
+}
+
+// Ones at the slots of every group: of the matrix, or of its transpose.
+template <typename T, bool kTransposed>
+__global__ void __launch_bounds__(kThreads)
+    pattern_kernel(const uint32_t* __restrict__ mask, T* __restrict__ out, int64_t rows, int64_t columns, T one) {
+  const int64_t words = words_of(columns);
+  const int64_t lines = kTransposed ? columns : rows, groups = (kTransposed ? rows : columns) / kGroup;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; p < lines * groups; p += stride) {
+    const int64_t line = p / groups, start = p % groups * kGroup;
+    uint32_t kept = 0;
+    if (kTransposed) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        kept |= ((__ldg(mask + (start + j) * words + line / kWord) >> (line % kWord)) & 1u) << j;
+      }
+    } else {
+      kept = (__ldg(mask + line * words + start / kWord) >> (start % kWord)) & 15u;
+    }
+    const uint32_t slots = complete_slots(kept);
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) out[line * groups * kGroup + start + j] = (slots >> j) & 1u ? one : T{0};
+  }
+}
+
+template <typename T>
+cudaError_t pattern(const uint32_t* mask, void* out, int64_t rows, int64_t columns, bool transposed, uint32_t one,
+                    cudaStream_t stream) {
+  const auto kernel = transposed ? pattern_kernel<T, true> : pattern_kernel<T, false>;
+  kernel<<<blocks_for(ceil_div(rows * columns / kGroup, kThreads)), kThreads, 0, stream>>>(
+      mask, static_cast<T*>(out), rows, columns, static_cast<T>(one));
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+extern "C" {
+
+// Each returns a cudaError_t; `size` is the number of bytes of an element, 2 or 4. Masks as in slope_cuda.cu.
+
+// Rows first_row .. first_row + rows - 1 of the operand of the matrix, (rows, columns / 2).
+int ds_efficient_slope_forward_operand(const void* values, const uint32_t* forward, void* out, int64_t columns,
+                                       int64_t first_row, int64_t rows, int n, int m, int size, int device,
+                                       cudaStream_t stream) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess || rows == 0 || columns == 0) return error;
+  switch (size) {
+    case 2: return forward_operand<uint16_t>(values, forward, out, columns, first_row, rows, n, m, stream);
+    case 4: return forward_operand<uint32_t>(values, forward, out, columns, first_row, rows, n, m, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// Rows first_row .. first_row + rows - 1 of the operand of the transpose of the (outputs, inputs) matrix that the
+// backward mask leaves, (rows, outputs / 2); n is 1 or 2.
+int ds_efficient_slope_backward_operand(const void* values, const uint32_t* forward, const uint32_t* backward,
+                                        void* out, int64_t outputs, int64_t inputs, int64_t first_row, int64_t rows,
+                                        int n, int m, int size, int device, cudaStream_t stream) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess || rows == 0 || outputs == 0) return error;
+  switch (size) {
+    case 2:
+      return backward_operand<uint16_t>(values, forward, backward, out, outputs, inputs, first_row, rows, n, m, stream);
+    case 4:
+      return backward_operand<uint32_t>(values, forward, backward, out, outputs, inputs, first_row, rows, n, m, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// `one` is the bit pattern of 1; out is (rows, columns), or (columns, rows) where transposed.
+int ds_efficient_slope_pattern(const uint32_t* mask, void* out, int64_t rows, int64_t columns, int transposed,
+                               uint32_t one, int size, int device, cudaStream_t stream) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess || rows == 0 || columns == 0) return error;
+  switch (size) {
+    case 2: return pattern<uint16_t>(mask, out, rows, columns, transposed != 0, one, stream);
+    case 4: return pattern<uint32_t>(mask, out, rows, columns, transposed != 0, one, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // extern "C"
