@@ -91,7 +91,7 @@ class TuningCache:
         try:
             self._path = self._path or cache_path()
             self._entries = {**self._on_disk(), **self._entries}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: "~" and no home folder
             self._ignore(error)
 
     def _ignore(self, error: Exception) -> None:

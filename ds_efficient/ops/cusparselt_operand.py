@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_efficient.errors import UserError
+from ds_efficient.errors import OpBuildError, UserError
 from ds_efficient.ops import cusparselt_library as lt
 from ds_efficient.ops import cusparselt_plans as plans
 from ds_efficient.ops.cusparselt_plans import PlanShape
@@ -72,7 +72,11 @@ class Layout:
             )  # fmt: skip
         self.metadata_bytes, self.scratch_bytes = compressed.value - self.values_bytes, scratch.value
         if self.metadata_bytes <= 0:
-            raise lt.LtError("cusparseLtSpMMACompressedSize2", 7, f"{rows}x{k}: {compressed.value} bytes")
+            raise OpBuildError(
+                f"cuSPARSELt {library.version_text} compresses a {self.tile_rows}x{k} matrix to "
+                f"{compressed.value} bytes, no more than its {self.values_bytes} bytes of values: this "
+                f"layout is not known here; {lt.remedy()}"
+            )
         self.stride = -(-compressed.value // _TILE_ALIGNMENT) * _TILE_ALIGNMENT
         self.nbytes = tiles * self.stride
         self.products: dict[int, Any] = {}

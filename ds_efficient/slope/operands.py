@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_efficient.errors import UserError
 from ds_efficient.ops import cusparselt
@@ -52,7 +52,7 @@ class _Built:
     place: tuple[torch.device, torch.dtype]
     held: cusparselt.SparseOperand | None
     metadata: Tensor | None = None
-    pattern: int = -1
+    pattern: tuple[int, ...] | None = None
     values: tuple[int, ...] | None = None
 
     @property
@@ -133,7 +133,7 @@ class Operands:
                 'use "backend": "auto" or "dense"'
             )
         if problem is None:
-            found = cusparselt.tune(rows, inner, x.shape[0], x.dtype, x.device)
+            found = self._tune(x, rows, inner)
             problem = f"cuSPARSELt is {found.speedup:.2f} times as fast" if found.backend == "dense" else None
         if problem is not None and x.is_cuda:
             direction = "input gradient" if transposed else "forward"
@@ -146,10 +146,18 @@ class Operands:
             )
         return "cusparselt" if problem is None else "dense"
 
+    @staticmethod
+    def _tune(x: Tensor, rows: int, inner: int) -> cusparselt.Choice:
+        """Choose for the next power of two of tokens, so that changing lengths share a choice."""
+        tokens = 1 << max(x.shape[0] - 1, 1).bit_length()
+        return cusparselt.tune(rows, inner, tokens, x.dtype, x.device)
+
     def _obstacle(self, x: Tensor, rows: int, inner: int) -> str | None:
         """Return why the sparse product cannot run, or None."""
         if not x.is_cuda:
             return f"the device is {x.device.type}, not cuda"
+        if not x.shape[0]:
+            return "there are no tokens"
         if not self.shape.fits_hardware:
             return f"pattern {self.shape.n}:{self.shape.m} keeps more than 2 of some 4 values"
         return cusparselt.shape_problem(rows, inner, x.dtype) or cusparselt.unavailable(x.device)
@@ -168,45 +176,79 @@ class Operands:
             mask: packed forward mask.
             column_mask: packed mask of the double-pruned weight for the backward product.
         """
-        built = self._current(x, mask, column_mask)
-        operand = built.operand
-        version = (self._weight_version, weight._version, weight.data_ptr())
-        if built.values != version or not self._sees_changes(weight):
-            self._write_values(operand, weight, mask, column_mask)
-            built.values = version
+        # What is built here outlives the call, and tensors of inference mode cannot be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            built = self._current(x, weight, mask, column_mask)
+            operand = built.operand
+            if column_mask is not None or not _is_shared(operand, weight):
+                version = (self._weight_version, *_identity(weight))
+                if built.values != version or not self._sees_changes(weight):
+                    self._write_values(operand, weight, mask, column_mask)
+                    built.values = version
+                if column_mask is None and self._can_share(operand, weight):
+                    weight.data = operand.tile_values[0][1]
         result = cusparselt.multiply(operand, x)
         if hasattr(weight, "ds_id"):  # ZeRO-3: the weight is whole only while the layer runs, so is this
             built.metadata, built.held, built.values = operand.packed_metadata(), None, None
         return result
 
-    def _current(self, x: Tensor, mask: Tensor, column_mask: Tensor | None) -> _Built:
+    def _current(self, x: Tensor, weight: Tensor, mask: Tensor, column_mask: Tensor | None) -> _Built:
         """Return the operand for this dtype and device, with the metadata of the mask."""
         transposed = column_mask is not None
         rows, inner = self.sizes(transposed)
         place = (x.device, x.dtype)
         built = self._built.get(transposed)
         if built is None or built.place != place:
-            tiles = cusparselt.tune(rows, inner, x.shape[0], x.dtype, x.device).tiles
+            tiles = self._tune(x, rows, inner).tiles
             operand = cusparselt.SparseOperand(rows, inner, dtype=x.dtype, device=x.device, tiles=tiles)
             built = self._built[transposed] = _Built(place, operand)
         elif built.held is None:
             assert built.metadata is not None
             built.held = cusparselt.SparseOperand.from_metadata(built.metadata, rows, inner, dtype=x.dtype)
-        if built.pattern < 0 or (transposed and built.pattern != self._pattern_version):
-            chosen = mask if column_mask is None else column_mask
-            pattern = ops.operand_pattern(
-                chosen, self.shape.in_features, dtype=x.dtype, transposed=transposed
+        chosen = mask if column_mask is None else column_mask
+        pattern = (self._pattern_version if transposed else 0, *_identity(chosen))
+        if built.pattern != pattern:
+            # Setting a pattern overwrites the values, which may be the weight itself.
+            kept = weight.clone() if not transposed and _is_shared(built.operand, weight) else None
+            built.operand.set_pattern(
+                ops.operand_pattern(chosen, self.shape.in_features, dtype=x.dtype, transposed=transposed)
             )
-            built.operand.set_pattern(pattern)
-            built.pattern, built.values = self._pattern_version, None
+            if kept is not None:
+                weight.copy_(kept)
+            built.pattern, built.values = pattern, None
         return built
+
+    def _can_share(self, operand: cusparselt.SparseOperand, weight: Tensor) -> bool:
+        """Whether the forward operand's value region can be the weight's own memory.
+
+        The compact weight is that region, element for element. A weight in a buffer of DeepSpeed must stay
+        there; one that stands alone moves, so that it is held once and needs no copy after a step.
+        """
+        return (
+            isinstance(weight, nn.Parameter)
+            and operand.tiles == 1
+            and (self.shape.n, self.shape.m) in ((1, 2), (2, 4))
+            and _stands_alone(weight)
+            and not hasattr(weight, "ds_id")
+        )
 
     def _sees_changes(self, weight: Tensor) -> bool:
         """Whether a change of the weight shows: the technique tells of it, or torch's version counter.
 
-        A weight inside a flat buffer changes with the buffer, whose counter is another one.
+        A weight inside a flat buffer changes with the buffer, whose counter is another one; a cast one is a
+        new tensor each time, maybe at the place of the last.
         """
-        return self.managed or weight.untyped_storage().nbytes() == weight.nbytes
+        followed = self.managed or _stands_alone(weight) or self._holds(weight)
+        return followed and isinstance(weight, nn.Parameter)
+
+    def _holds(self, weight: Tensor) -> bool:
+        """Whether the weight lives in the forward operand."""
+        built = self._built.get(False)
+        return built is not None and built.held is not None and _is_shared(built.held, weight)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what the next product builds anew: operands of a copy are its own."""
+        return {**vars(self), "_built": {}, "choices": {}}
 
     def _write_values(
         self, operand: cusparselt.SparseOperand, weight: Tensor, mask: Tensor, column_mask: Tensor | None
@@ -222,3 +264,16 @@ class Operands:
                 backward_mask=column_mask,
                 first_row=first_row,
             )
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is written to or replaced."""
+    return (-1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+
+
+def _stands_alone(weight: Tensor) -> bool:
+    return weight.untyped_storage().nbytes() == weight.nbytes
+
+
+def _is_shared(operand: cusparselt.SparseOperand, weight: Tensor) -> bool:
+    return operand.tiles == 1 and weight.data_ptr() == operand.buffer.data_ptr()

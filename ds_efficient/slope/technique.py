@@ -13,7 +13,7 @@ from torch import nn
 from ds_efficient.config.fields import parse_pattern
 from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.core.keys import Key
-from ds_efficient.core.linear_seam import Cut
+from ds_efficient.core.linear_seam import Cut, LinearSeam
 from ds_efficient.core.technique import Action, Evidence, RunContext, StepContext, Technique
 from ds_efficient.errors import UserError
 from ds_efficient.slope.config import SlopeConfig
@@ -73,7 +73,7 @@ class SlopeTechnique(Technique[SlopeConfig]):
             )
         for action in chosen:
             module = model.get_submodule(action.module)
-            if hasattr(module, "install_product"):
+            if isinstance(module, LinearSeam):
                 product = self._install(module, action)
             elif type(module) is nn.Linear or is_conv1d(module):
                 module, product = self._replace(model, module, action)

@@ -202,6 +202,17 @@ def test_impossible_operands_are_refused_with_the_reason(fake, rows, k, dtype, t
         SparseOperand(rows, k, dtype=dtype, device="cpu", tiles=tiles)
 
 
+def test_compressed_size_without_room_for_metadata_is_refused(fake, monkeypatch):
+    def only_values(handle, descriptor, size, scratch):
+        fakes.ctypes.c_size_t.from_address(size).value = 32 * 64
+
+    monkeypatch.setattr(fake.cusparseLtSpMMACompressedSize2, "run", only_values)
+    with pytest.raises(
+        OpBuildError, match=r"compresses a 32x64 matrix to 2048 bytes, .*this layout is not known"
+    ):
+        SparseOperand(32, 64, dtype=torch.bfloat16, device="cpu")
+
+
 def test_patterns_that_are_not_two_of_four_are_refused_with_the_place(fake):
     operand, pattern = make(32, 64)
     pattern[3, 8:12] = torch.tensor([1.0, 0, 0, 0])

@@ -12,7 +12,7 @@ using namespace ds_efficient::slope;
 constexpr int kUnroll = 4;
 
 template <typename T>
-int64_t stretches_of(const Matrix& shape) {  // stretches of kUnroll * 32 chunks in a row
+int64_t stretches_of(const Matrix& shape) {
   return ceil_div(shape.columns, int64_t{kUnroll} * 32 * kPerVector<T>);
 }
 
@@ -31,61 +31,57 @@ __device__ __forceinline__ uint32_t chunk_bits(const uint32_t* __restrict__ mask
 template <typename T, bool kHalf>
 __global__ void __launch_bounds__(kThreads)
     decompress_kernel(const T* __restrict__ values, const uint32_t* __restrict__ forward,
-                      const uint32_t* __restrict__ backward, T* __restrict__ dense, Matrix shape, int64_t across,
+                      const uint32_t* __restrict__ backward, T* __restrict__ dense, Matrix shape, uint32_t across,
                       bool vector_dense) {
   constexpr int kPer = kPerVector<T>;
   using Chunk = Pack<T, kPer>;
   using Half = Pack<T, kPer / 2>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tiles = across * ceil_div(shape.rows, kWarps);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t row = tile / across * kWarps + warp;
-    if (row >= shape.rows) continue;
-    const int64_t start = (tile % across * kUnroll * 32 + lane) * kPer;
-    const uint32_t* const forward_row = forward + row * shape.words;
-    const T* const value_row = values + row * shape.kept;
-    T* const dense_row = dense + row * shape.columns;
-    uint32_t bits[kUnroll], used[kUnroll];
-    Half half[kUnroll];
-    int64_t first[kUnroll];
+  const Place place = place_of_warp(across);
+  const int64_t row = place.row, start = (place.stretch * kUnroll * 32 + threadIdx.x % 32) * kPer;
+  if (row >= shape.rows) return;
+  const uint32_t* const forward_row = forward + row * shape.words;
+  const T* const value_row = values + row * shape.kept;
+  T* const dense_row = dense + row * shape.columns;
+  uint32_t bits[kUnroll], used[kUnroll];
+  Half half[kUnroll];
+  int64_t first[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t column = start + int64_t{u} * 32 * kPer;
-      bits[u] = used[u] = 0;
-      first[u] = 0;
-      if (column >= shape.columns) continue;
-      bits[u] = used[u] = chunk_bits<T>(forward_row, column, shape, kHalf ? nullptr : &first[u]);
-      if (backward != nullptr) used[u] &= chunk_bits<T>(backward + row * shape.words, column, shape, nullptr);
-      if (kHalf) half[u] = *reinterpret_cast<const Half*>(value_row + column / 2);
-    }
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t column = start + int64_t{u} * 32 * kPer;
+    bits[u] = used[u] = 0;
+    first[u] = 0;
+    if (column >= shape.columns) continue;
+    bits[u] = used[u] = chunk_bits<T>(forward_row, column, shape, kHalf ? nullptr : &first[u]);
+    if (backward != nullptr) used[u] &= chunk_bits<T>(backward + row * shape.words, column, shape, nullptr);
+    if (kHalf) half[u] = load_pack<Half>(value_row + column / 2);
+  }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t column = start + int64_t{u} * 32 * kPer;
-      if (column >= shape.columns) continue;
-      Chunk chunk;
-      if (kHalf) {
-        uint64_t rest;
-        memcpy(&rest, &half[u], sizeof rest);
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t column = start + int64_t{u} * 32 * kPer;
+    if (column >= shape.columns) continue;
+    Chunk chunk;
+    if (kHalf) {
+      uint64_t rest;
+      memcpy(&rest, &half[u], sizeof rest);
 #pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          chunk.value[e] = (used[u] >> e) & 1u ? static_cast<T>(rest) : T{0};
-          if (sizeof(T) < 8 && ((bits[u] >> e) & 1u)) rest >>= 8 * sizeof(T) % 64;
-        }
-      } else {
-        int64_t next = first[u];
-#pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          chunk.value[e] = (used[u] >> e) & 1u ? __ldg(value_row + next) : T{0};
-          next += (bits[u] >> e) & 1u;
-        }
+      for (int e = 0; e < kPer; ++e) {
+        chunk.value[e] = (used[u] >> e) & 1u ? static_cast<T>(rest) : T{0};
+        if (sizeof(T) < 8 && ((bits[u] >> e) & 1u)) rest >>= 8 * sizeof(T) % 64;
       }
-      if (kHalf || (vector_dense && column + kPer <= shape.columns)) {
-        *reinterpret_cast<Chunk*>(dense_row + column) = chunk;
-      } else {
+    } else {
+      int64_t next = first[u];
 #pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          if (column + e < shape.columns) dense_row[column + e] = chunk.value[e];
-        }
+      for (int e = 0; e < kPer; ++e) {
+        chunk.value[e] = (used[u] >> e) & 1u ? __ldg(value_row + next) : T{0};
+        next += (bits[u] >> e) & 1u;
+      }
+    }
+    if (kHalf || (vector_dense && column + kPer <= shape.columns)) {
+      store_pack(dense_row + column, chunk);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) {
+        if (column + e < shape.columns) dense_row[column + e] = chunk.value[e];
       }
     }
   }
@@ -94,57 +90,53 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, bool kHalf>
 __global__ void __launch_bounds__(kThreads)
     compress_kernel(const T* __restrict__ dense, const uint32_t* __restrict__ forward, T* __restrict__ values,
-                    Matrix shape, int64_t across, bool vector_dense) {
+                    Matrix shape, uint32_t across, bool vector_dense) {
   constexpr int kPer = kPerVector<T>;
   using Chunk = Pack<T, kPer>;
   using Half = Pack<T, kPer / 2>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tiles = across * ceil_div(shape.rows, kWarps);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t row = tile / across * kWarps + warp;
-    if (row >= shape.rows) continue;
-    const int64_t start = (tile % across * kUnroll * 32 + lane) * kPer;
-    const uint32_t* const forward_row = forward + row * shape.words;
-    const T* const dense_row = dense + row * shape.columns;
-    T* const value_row = values + row * shape.kept;
-    uint32_t bits[kUnroll];
-    Chunk chunk[kUnroll];
-    int64_t first[kUnroll];
+  const Place place = place_of_warp(across);
+  const int64_t row = place.row, start = (place.stretch * kUnroll * 32 + threadIdx.x % 32) * kPer;
+  if (row >= shape.rows) return;
+  const uint32_t* const forward_row = forward + row * shape.words;
+  const T* const dense_row = dense + row * shape.columns;
+  T* const value_row = values + row * shape.kept;
+  uint32_t bits[kUnroll];
+  Chunk chunk[kUnroll];
+  int64_t first[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t column = start + int64_t{u} * 32 * kPer;
-      bits[u] = 0;
-      first[u] = 0;
-      if (column >= shape.columns) continue;
-      bits[u] = chunk_bits<T>(forward_row, column, shape, kHalf ? nullptr : &first[u]);
-      if (kHalf || (vector_dense && column + kPer <= shape.columns)) {
-        chunk[u] = *reinterpret_cast<const Chunk*>(dense_row + column);
-      } else {
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t column = start + int64_t{u} * 32 * kPer;
+    bits[u] = 0;
+    first[u] = 0;
+    if (column >= shape.columns) continue;
+    bits[u] = chunk_bits<T>(forward_row, column, shape, kHalf ? nullptr : &first[u]);
+    if (kHalf || (vector_dense && column + kPer <= shape.columns)) {
+      chunk[u] = load_pack<Chunk>(dense_row + column);
+    } else {
 #pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          chunk[u].value[e] = (bits[u] >> e) & 1u ? __ldg(dense_row + column + e) : T{0};
-        }
+      for (int e = 0; e < kPer; ++e) {
+        chunk[u].value[e] = (bits[u] >> e) & 1u ? __ldg(dense_row + column + e) : T{0};
       }
     }
+  }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t column = start + int64_t{u} * 32 * kPer;
-      if (column >= shape.columns) continue;
-      if (kHalf) {
-        uint64_t made = 0;
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t column = start + int64_t{u} * 32 * kPer;
+    if (column >= shape.columns) continue;
+    if (kHalf) {
+      uint64_t made = 0;
 #pragma unroll
-        for (int e = kPer - 1; e >= 0; --e) {
-          if ((bits[u] >> e) & 1u) made = (sizeof(T) < 8 ? made << 8 * sizeof(T) % 64 : 0) | chunk[u].value[e];
-        }
-        Half half;
-        memcpy(&half, &made, sizeof half);
-        *reinterpret_cast<Half*>(value_row + column / 2) = half;
-      } else {
-        int64_t next = first[u];
+      for (int e = kPer - 1; e >= 0; --e) {
+        if ((bits[u] >> e) & 1u) made = (sizeof(T) < 8 ? made << 8 * sizeof(T) % 64 : 0) | chunk[u].value[e];
+      }
+      Half half;
+      memcpy(&half, &made, sizeof half);
+      store_pack(value_row + column / 2, half);
+    } else {
+      int64_t next = first[u];
 #pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          if ((bits[u] >> e) & 1u) value_row[next++] = chunk[u].value[e];
-        }
+      for (int e = 0; e < kPer; ++e) {
+        if ((bits[u] >> e) & 1u) value_row[next++] = chunk[u].value[e];
       }
     }
   }
@@ -162,10 +154,11 @@ cudaError_t decompress(const void* values, const uint32_t* forward, const uint32
                        int64_t rows, int64_t columns, int n, int m, cudaStream_t stream) {
   const Matrix shape = matrix_of(rows, columns, n, m);
   const int64_t across = stretches_of<T>(shape);
+  if (blocks_of(rows, across) > kMostBlocks) return cudaErrorInvalidConfiguration;
   const bool vector = aligned(dense, columns * int64_t{sizeof(T)}, kVector);
   const auto kernel = halves<T>(shape, n, m, dense, values) ? decompress_kernel<T, true> : decompress_kernel<T, false>;
-  kernel<<<blocks_for(across * ceil_div(rows, kWarps)), kThreads, 0, stream>>>(
-      static_cast<const T*>(values), forward, backward, static_cast<T*>(dense), shape, across, vector);
+  kernel<<<static_cast<unsigned>(blocks_of(rows, across)), kThreads, 0, stream>>>(
+      static_cast<const T*>(values), forward, backward, static_cast<T*>(dense), shape, static_cast<uint32_t>(across), vector);
   return cudaGetLastError();
 }
 
@@ -174,10 +167,11 @@ cudaError_t compress(const void* dense, const uint32_t* forward, void* values, i
                      int m, cudaStream_t stream) {
   const Matrix shape = matrix_of(rows, columns, n, m);
   const int64_t across = stretches_of<T>(shape);
+  if (blocks_of(rows, across) > kMostBlocks) return cudaErrorInvalidConfiguration;
   const bool vector = aligned(dense, columns * int64_t{sizeof(T)}, kVector);
   const auto kernel = halves<T>(shape, n, m, dense, values) ? compress_kernel<T, true> : compress_kernel<T, false>;
-  kernel<<<blocks_for(across * ceil_div(rows, kWarps)), kThreads, 0, stream>>>(
-      static_cast<const T*>(dense), forward, static_cast<T*>(values), shape, across, vector);
+  kernel<<<static_cast<unsigned>(blocks_of(rows, across)), kThreads, 0, stream>>>(
+      static_cast<const T*>(dense), forward, static_cast<T*>(values), shape, static_cast<uint32_t>(across), vector);
   return cudaGetLastError();
 }
 
@@ -187,41 +181,43 @@ cudaError_t compress(const void* dense, const uint32_t* forward, void* values, i
 template <typename T, int kM>
 __global__ void __launch_bounds__(kThreads)
     select_kernel(const T* __restrict__ values, const uint32_t* __restrict__ forward, uint32_t* __restrict__ backward,
-                  Matrix shape, int64_t across, int n) {
+                  Matrix shape, uint32_t across, int n) {
   using Key = typename Unsigned<sizeof(T)>::key;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tiles = across * (shape.rows / kM);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t row = tile / across * kM, word = tile % across * kWarps + warp;
-    if (word >= shape.words) continue;  // the whole warp
-    const uint32_t exists = existing_bits(word * kWord, shape.columns, kWord);
-    const auto load_key = [&](int r) -> Key {
-      const uint32_t bits = __ldg(forward + (row + r) * shape.words + word) & exists;
-      if (((bits >> lane) & 1u) == 0) return -1;
-      return magnitude(__ldg(values + (row + r) * shape.kept + word * shape.per_word + place_in_word(bits, lane)));
-    };
-    Key key[kM];
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t{blockIdx.x / across} * kM;
+  const int64_t word = int64_t{blockIdx.x % across} * kWarps + threadIdx.x / 32;
+  if (word >= shape.words) return;  // the whole warp
+  const uint32_t exists = existing_bits(word * kWord, shape.columns, kWord);
+  // Without branches, so that all loads are under way together: a pruned element reads the first value of its word.
+  const auto load_key = [&](int r) -> Key {
+    const uint32_t bits = __ldg(forward + (row + r) * shape.words + word) & exists;
+    const bool kept = (bits >> lane) & 1u;
+    const T* const first = values + (row + r) * shape.kept + word * shape.per_word;
+    const Key key = magnitude(__ldg(first + (kept ? place_in_word(bits, lane) : 0)));
+    return kept ? key : Key{-1};
+  };
+  Key key[kM];
 #pragma unroll
-    for (int r = 0; r < kM; ++r) key[r] = load_key(r);
-    constexpr bool kSmall = kM <= 8;  // for large groups, half a thousand comparisons or more: a loop, not unrolled
+  for (int r = 0; r < kM; ++r) key[r] = load_key(r);
+  constexpr bool kSmall = kM <= 8;  // for large groups, half a thousand comparisons or more: a loop, not unrolled
 #pragma unroll kSmall ? kM : 1
-    for (int r = 0; r < kM; ++r) {
-      const Key mine = kSmall ? key[r] : load_key(r);
-      int before = 0;  // values of the column that come first in the order (magnitude, index)
+  for (int r = 0; r < kM; ++r) {
+    const Key mine = kSmall ? key[r] : load_key(r);
+    int before = 0;  // values of the column that come first in the order (magnitude, index)
 #pragma unroll
-      for (int s = 0; s < kM; ++s) before += s < r ? key[s] >= mine : key[s] > mine;
-      const uint32_t chosen = __ballot_sync(0xffffffffu, mine >= 0 && before < n);
-      if (lane == r) backward[(row + r) * shape.words + word] = chosen;
-    }
+    for (int s = 0; s < kM; ++s) before += s < r ? key[s] >= mine : key[s] > mine;
+    const uint32_t chosen = __ballot_sync(0xffffffffu, mine >= 0 && before < n);
+    if (lane == r) backward[(row + r) * shape.words + word] = chosen;
   }
 }
 
 template <typename T, int kM>
 cudaError_t launch_select(const void* values, const uint32_t* forward, uint32_t* backward, const Matrix& shape, int n,
                           cudaStream_t stream) {
-  const int64_t across = ceil_div(shape.words, kWarps);
-  select_kernel<T, kM><<<blocks_for(across * (shape.rows / kM)), kThreads, 0, stream>>>(
-      static_cast<const T*>(values), forward, backward, shape, across, n);
+  const int64_t across = ceil_div(shape.words, kWarps), blocks = across * (shape.rows / kM);
+  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+  select_kernel<T, kM><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+      static_cast<const T*>(values), forward, backward, shape, static_cast<uint32_t>(across), n);
   return cudaGetLastError();
 }
 

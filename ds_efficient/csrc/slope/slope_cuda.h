@@ -24,11 +24,45 @@ inline bool aligned(const void* pointer, int64_t row_bytes, int to) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(to) == 0 && row_bytes % to == 0;
 }
 
-// Blocks for `wanted` pieces of work; the kernels loop, so that fewer blocks do as well.
-inline unsigned blocks_for(int64_t wanted) {
-  const int64_t most = 0x7fffffff;
-  return static_cast<unsigned>(wanted < most ? wanted : most);
+// Loads and stores of 8 or 16 bytes at once; left to itself, the compiler splits some packs into elements.
+template <int kBytes>
+struct Register;
+template <>
+struct Register<8> {
+  using type = uint2;
+};
+template <>
+struct Register<16> {
+  using type = uint4;
+};
+
+template <typename Pack>
+__device__ __forceinline__ Pack load_pack(const void* from) {
+  const auto bits = *static_cast<const typename Register<sizeof(Pack)>::type*>(from);
+  Pack pack;
+  memcpy(&pack, &bits, sizeof pack);
+  return pack;
 }
+
+template <typename Pack>
+__device__ __forceinline__ void store_pack(void* to, const Pack& pack) {
+  typename Register<sizeof(Pack)>::type bits;
+  memcpy(&bits, &pack, sizeof pack);
+  *static_cast<typename Register<sizeof(Pack)>::type*>(to) = bits;
+}
+
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+// Where a warp works: kWarps rows a block, `across` blocks side by side for as many stretches of a row.
+struct Place {
+  int64_t row, stretch;
+};
+
+__device__ __forceinline__ Place place_of_warp(uint32_t across) {
+  return Place{int64_t{blockIdx.x / across} * kWarps + threadIdx.x / 32, blockIdx.x % across};
+}
+
+inline int64_t blocks_of(int64_t rows, int64_t across) { return across * ceil_div(rows, kWarps); }
 
 }  // namespace slope
 }  // namespace ds_efficient

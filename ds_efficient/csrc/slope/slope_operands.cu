@@ -8,35 +8,33 @@ namespace {
 
 using namespace ds_efficient::slope;
 
-// Forward operand where it is no plain copy: a thread takes half a mask word, 8 slots.
+// Forward operand where it is no plain copy: a lane takes half a mask word, 8 slots.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     forward_operand_kernel(const T* __restrict__ values, const uint32_t* __restrict__ forward, T* __restrict__ out,
-                           int64_t first_row, Matrix shape) {
+                           int64_t first_row, Matrix shape, uint32_t across) {
   constexpr int kHalfWord = kWord / 2;
-  const int64_t across = ceil_div(shape.columns, kHalfWord), pieces = across * shape.rows;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; p < pieces; p += stride) {
-    const int64_t row = p / across, column = p % across * kHalfWord;
-    const uint32_t word = __ldg(forward + (first_row + row) * shape.words + column / kWord);
-    const int shift = static_cast<int>(column % kWord);
-    const uint32_t bits = (word >> shift) & existing_bits(column, shape.columns, kHalfWord);
-    const T* next = values + (first_row + row) * shape.kept + column / kWord * shape.per_word +
-                    place_in_word(word, shift);
-    T* const target = out + row * (shape.columns / 2) + column / 2;
+  const Place place = place_of_warp(across);
+  const int64_t column = (place.stretch * 32 + threadIdx.x % 32) * kHalfWord;
+  if (place.row >= shape.rows || column >= shape.columns) return;
+  const int64_t row = first_row + place.row;
+  const uint32_t word = __ldg(forward + row * shape.words + column / kWord);
+  const int shift = static_cast<int>(column % kWord);
+  const uint32_t bits = (word >> shift) & existing_bits(column, shape.columns, kHalfWord);
+  const T* next = values + row * shape.kept + column / kWord * shape.per_word + place_in_word(word, shift);
+  T* const target = out + place.row * (shape.columns / kGroup * kSlots) + column / kGroup * kSlots;
 #pragma unroll
-    for (int g = 0; g < kHalfWord / kGroup; ++g) {
-      if (column + g * kGroup >= shape.columns) break;
-      const uint32_t kept = (bits >> (g * kGroup)) & 15u;
-      SlotPair<T> pair{0, 0};
+  for (int g = 0; g < kHalfWord / kGroup; ++g) {
+    if (column + g * kGroup >= shape.columns) break;
+    const uint32_t kept = (bits >> (g * kGroup)) & 15u;
+    SlotPair<T> pair{0, 0};
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        if ((kept >> j) & 1u) push(pair, __ldg(next++));
-      }
-      finish(pair, kept);
-      target[kSlots * g] = pair.first;
-      target[kSlots * g + 1] = pair.second;
+    for (int j = 0; j < kGroup; ++j) {
+      if ((kept >> j) & 1u) push(pair, __ldg(next++));
     }
+    finish(pair, kept);
+    target[kSlots * g] = pair.first;
+    target[kSlots * g + 1] = pair.second;
   }
 }
 
@@ -49,9 +47,10 @@ cudaError_t forward_operand(const void* values, const uint32_t* forward, void* o
     return cudaMemcpyAsync(out, source + first_row * shape.kept, static_cast<size_t>(rows * shape.kept) * sizeof(T),
                            cudaMemcpyDeviceToDevice, stream);
   }
-  const int64_t pieces = ceil_div(columns, kWord / 2) * rows;
-  forward_operand_kernel<T><<<blocks_for(ceil_div(pieces, kThreads)), kThreads, 0, stream>>>(
-      source, forward, static_cast<T*>(out), first_row, shape);
+  const int64_t across = ceil_div(columns, 32 * (kWord / 2)), blocks = blocks_of(rows, across);
+  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+  forward_operand_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+      source, forward, static_cast<T*>(out), first_row, shape, static_cast<uint32_t>(across));
   return cudaGetLastError();
 }
 
@@ -120,8 +119,8 @@ __device__ __forceinline__ void load_tile(const T* __restrict__ values, const ui
 template <typename T>
 __device__ __forceinline__ void gather_slots(const TileMemory<T>& memory, int shift, int per_word,
                                              Pack<T, kSlots> (&slots)[kTilePasses]) {
-  const int lane = threadIdx.x % 32, word = threadIdx.x / 32 % kTileWords;
-  const int first_group = threadIdx.x / 32 / kTileWords * kTilePasses;
+  const int word = threadIdx.x / 32 % kTileWords, first_group = threadIdx.x / 32 / kTileWords * kTilePasses;
+  const uint32_t own = 1u << (threadIdx.x % 32), below = own - 1u;
 #pragma unroll
   for (int p = 0; p < kTilePasses; ++p) {
     const int output = (first_group + p) * kGroup;
@@ -132,11 +131,12 @@ __device__ __forceinline__ void gather_slots(const TileMemory<T>& memory, int sh
     SlotPair<T> pair{0, 0};
     uint32_t kept = 0;
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      if (((all[j] & used[j]) >> lane) & 1u) {
-        kept |= 1u << j;
-        push(pair, memory.data[((output + j) << shift) + word * per_word + place_in_word(all[j], lane)]);
-      }
+    for (int j = 0; j < kGroup; ++j) {  // no branches: a pruned element reads the first value of its word
+      const bool mine = (all[j] & used[j] & own) != 0u;
+      const T value = memory.data[((output + j) << shift) + word * per_word + (mine ? count_bits(all[j] & below) : 0)];
+      pair.first = mine ? pair.second : pair.first;
+      pair.second = mine ? value : pair.second;
+      kept |= mine ? 1u << j : 0u;
     }
     finish(pair, kept);
     slots[p].value[0] = pair.first;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void stage_slots(const Pack<T, kSlots> (&slots)[kTile
 #pragma unroll
     for (int e = 0; e < kPer; ++e) chunk.value[e] = slots[p + e / kSlots].value[e % kSlots];
     const int place = tile_chunk<sizeof(T)>(word * kWord + lane, (first_group + p) / kPairs);
-    *reinterpret_cast<Pack<T, kPer>*>(memory.data + place * kPer) = chunk;
+    store_pack(memory.data + place * kPer, chunk);
   }
 }
 
@@ -170,10 +170,10 @@ __device__ __forceinline__ void store_tile(const TileMemory<T>& memory, T* __res
     const int row = p / kChunks, chunk = p % kChunks;
     const int64_t target_row = input + row - first_row, at = column + chunk * kPer;
     if (target_row < 0 || target_row >= rows || at >= pitch) continue;
-    const auto made = *reinterpret_cast<const Pack<T, kPer>*>(memory.data + tile_chunk<sizeof(T)>(row, chunk) * kPer);
+    const auto made = load_pack<Pack<T, kPer>>(memory.data + tile_chunk<sizeof(T)>(row, chunk) * kPer);
     T* const target = out + target_row * pitch + at;
     if (vector) {
-      *reinterpret_cast<Pack<T, kPer>*>(target) = made;
+      store_pack(target, made);
     } else {
 #pragma unroll
       for (int e = 0; e < kPer; ++e) {
@@ -211,7 +211,7 @@ cudaError_t backward_operand(const void* values, const uint32_t* forward, const 
   if (1 << shift != kTileWords * shape.per_word || shape.per_word > kWord / 2) return cudaErrorInvalidValue;
   const TileGrid grid = tile_grid(first_row, rows);
   const int64_t tiles = int64_t{grid.across} * ceil_div(outputs, kTileOutputs);
-  if (tiles > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (tiles > kMostBlocks) return cudaErrorInvalidConfiguration;
   const int64_t row_bytes = outputs / kGroup * kSlots * int64_t{sizeof(T)};
   const Alignment align{
       (1 << shift) >= kPerVector<T> && aligned(values, shape.kept * int64_t{sizeof(T)}, kVector),
@@ -251,7 +251,8 @@ template <typename T>
 cudaError_t pattern(const uint32_t* mask, void* out, int64_t rows, int64_t columns, bool transposed, uint32_t one,
                     cudaStream_t stream) {
   const auto kernel = transposed ? pattern_kernel<T, true> : pattern_kernel<T, false>;
-  kernel<<<blocks_for(ceil_div(rows * columns / kGroup, kThreads)), kThreads, 0, stream>>>(
+  const int64_t wanted = ceil_div(rows * columns / kGroup, kThreads), blocks = wanted < kMostBlocks ? wanted : kMostBlocks;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
       mask, static_cast<T*>(out), rows, columns, static_cast<T>(one));
   return cudaGetLastError();
 }
