@@ -166,8 +166,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise CheckpointError naming every file that is missing or has another size than when saved."""
+def check_files(folder: Path, manifest: Mapping[str, Any], *, flag: str = "--ckpt-step") -> None:
+    """Raise CheckpointError naming every file that is missing or has another size than when saved.
+
+    Args:
+        folder: of the checkpoint.
+        manifest: its content.
+        flag: argument that names another checkpoint, for the message.
+    """
     problems = []
     for name, size in manifest.get("files", {}).items():
         path = folder / name
@@ -177,22 +183,27 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             problems.append(f"{name}: {path.stat().st_size} bytes, was {size} when saved")
     if problems:
         raise CheckpointError(
-            f"{folder}: the checkpoint is damaged; nothing was loaded. Name an earlier one by --ckpt-step, "
+            f"{folder}: the checkpoint is damaged; nothing was loaded. Name an earlier one by {flag}, "
             "or restore the files:\n  " + "\n  ".join(problems) + f"\n  {others(folder.parent)[2:]}"
         )
 
 
-def latest_tag(save_dir: Path) -> str | None:
-    """Return the tag in the file ``latest``, None where there is no checkpoint."""
+def latest_tag(save_dir: Path, *, flag: str = "--ckpt-step") -> str | None:
+    """Return the tag in the file ``latest``, None where there is no checkpoint.
+
+    Args:
+        save_dir: folder of the checkpoints.
+        flag: argument that names another checkpoint, for messages.
+    """
     path = save_dir / LATEST
     if not path.is_file():
         return None
     tag = path.read_text(errors="replace").strip()
     if not tag:
-        raise CheckpointError(f"{path}: empty; name a checkpoint by --ckpt-step{others(save_dir)}")
+        raise CheckpointError(f"{path}: empty; name a checkpoint by {flag}{others(save_dir)}")
     if not (save_dir / tag).is_dir():
         raise CheckpointError(
-            f"{path}: names {tag!r}, but {save_dir / tag} does not exist; name one by --ckpt-step"
+            f"{path}: names {tag!r}, but {save_dir / tag} does not exist; name one by {flag}"
             f"{others(save_dir)}"
         )
     return tag

@@ -17,6 +17,7 @@ from ds_efficient.slope.operands import LayerShape
 from ds_efficient.slope.product import SparseProduct
 
 MASKS = ("random", "magnitude")
+BACKENDS = ("auto", "cusparselt", "dense")
 DEFAULT_KEY = Key(1234, ("slope",))
 
 
@@ -42,7 +43,7 @@ class SlopeLinear(nn.Module):
     Shapes: x (..., in_features), y (..., out_features).
 
     Raises:
-        UserError: pattern, mask or sizes do not fit.
+        UserError: pattern, mask, backend, rank or sizes do not fit.
 
     Attributes:
         weight: (out_features, in_features * N // M), kept values of each output in ascending input order.
@@ -100,8 +101,11 @@ class SlopeLinear(nn.Module):
         """Make the compact parameter, the masks and the adapter from a dense (out, in) weight."""
         self.out_features, self.in_features = dense.shape
         shape = checked_shape(self.out_features, self.in_features, pattern)
-        if mask not in MASKS:
-            raise UserError(f"mask={mask!r} is not known; allowed: {', '.join(MASKS)}")
+        for name, value, allowed in (("mask", mask, MASKS), ("backend", backend, BACKENDS)):
+            if value not in allowed:
+                raise UserError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
+        if adapter_rank < 0:
+            raise UserError(f"adapter_rank={adapter_rank} is negative; allowed: 0 (no adapter) or more")
         if mask == "random":
             packed = random_mask(
                 key.fold("mask"), shape.in_features, shape.n, shape.m,
@@ -227,7 +231,7 @@ def dense_weight_of(linear: nn.Module) -> Tensor:
     """Return the (out, in) weight of nn.Linear or transformers' Conv1D.
 
     Raises:
-        UserError: another kind of module, or a weight that ZeRO-3 partitioned.
+        UserError: another kind of module, a weight that is no parameter, or one that ZeRO-3 partitioned.
     """
     weight: Any = getattr(linear, "weight", None)
     if hasattr(weight, "ds_id"):
@@ -235,6 +239,8 @@ def dense_weight_of(linear: nn.Module) -> Tensor:
             f"slope: {type(linear).__name__} is partitioned by ZeRO already; build the model without "
             "deepspeed.zero.Init"
         )
+    if type(linear) is nn.Linear and not isinstance(weight, nn.Parameter):
+        raise UserError("from_linear: the weight is computed from other parameters (weight_norm?)")
     if type(linear) is nn.Linear:
         return weight
     if is_conv1d(linear):

@@ -116,10 +116,32 @@ class SparseProduct(nn.Module):
         up = torch.zeros(self.shape.out_features, rank, dtype=like.dtype, device=like.device)
         self.adapter_down = nn.Parameter(down.to(like.dtype).contiguous())
         self.adapter_up = nn.Parameter(up)
+        self._mark_adapter()
+
+    def _mark_adapter(self) -> None:
+        """Say which optimizer group the adapter's parameters belong to, and how they are cut."""
         for parameter, side in ((self.adapter_down, "in"), (self.adapter_up, "out")):
-            group = {"name": "slope_adapters", "weight_decay": 0.0}
-            vars(parameter).update(parameter_group=group)
-            vars(parameter).update(tensor_parallel_cut=side if self.cut == side else None)
+            if parameter is not None:
+                group = {"name": "slope_adapters", "weight_decay": 0.0}
+                vars(parameter).update(parameter_group=group)
+                vars(parameter).update(tensor_parallel_cut=side if self.cut == side else None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy; copies of parameters lose their attributes."""
+        super().__setstate__(state)
+        self._mark_adapter()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load; an adapter that was trained takes part, else the outputs would be others."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mark_adapter()  # assign=True puts other parameters in their place
+        if self.adapter_is_trained():
+            self.adapter_active = True
+
+    def adapter_is_trained(self) -> bool:
+        """Whether L is no longer zero, as it is until the adapter takes part."""
+        up = self.adapter_up
+        return up is not None and not up.is_meta and bool(up.detach().any())
 
     def sharded_axes(self) -> dict[str, int]:
         """Return the axis along which tensor parallelism cuts each tensor (`LinearSeam.install_product`).

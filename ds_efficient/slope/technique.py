@@ -102,8 +102,10 @@ class SlopeTechnique(Technique[SlopeConfig]):
             backend=config.backend,
         )
         layer.slope.operands.name = action.module
-        parent, _, leaf = action.module.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        places = [name for name, module in model.named_modules(remove_duplicate=False) if module is linear]
+        for place in places:  # more than one where the model uses the layer twice
+            parent, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
         return layer, layer.slope
 
     def _install(self, layer: Any, action: Action) -> SparseProduct:
@@ -178,6 +180,7 @@ class SlopeTechnique(Technique[SlopeConfig]):
             def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
                 result = original(*args, **kwargs)
                 self._renew_operands()
+                self._follow_adapters()
                 return result
 
             return load_checkpoint
@@ -191,15 +194,21 @@ class SlopeTechnique(Technique[SlopeConfig]):
             product.operands.weight_changed()
             product.operands.column_mask_changed()
 
+    def _follow_adapters(self) -> None:
+        """Let adapters that were trained take part, also where their weights alone were loaded."""
+        for _, _, product in self.layers:
+            with compat.whole([product.adapter_up] if product.adapter_up is not None else []):
+                product.adapter_active |= product.adapter_is_trained()
+        self.adapters_active |= any(product.adapter_active for _, _, product in self.layers)
+        for _, _, product in self.layers:
+            product.adapter_active = self.adapters_active and product.adapter_down is not None
+
     def on_step(self, context: StepContext) -> Mapping[str, float]:
         """Renew values, on schedule the column masks, and start the adapters."""
         for _, _, product in self.layers:
             product.operands.weight_changed()
         if self.config.double_prune and context.step % self.config.column_mask_interval == 0:
-            with compat.whole([layer.weight for _, layer, _ in self.layers]), torch.no_grad():
-                for _, layer, product in self.layers:
-                    product.select_columns(layer.weight)
-                self._column_loss = self._measure_column_loss()
+            self._column_loss = self._measure_column_loss(renew=True)
         if not self.adapters_active and context.step >= self._start:
             self._activate(context.step)
         kept, whole = self._sizes()
@@ -222,15 +231,22 @@ class SlopeTechnique(Technique[SlopeConfig]):
             "slope: adapters of rank %d take part from step %d on", self.config.adapter.rank, step + 1
         )
 
-    def _measure_column_loss(self) -> float:
-        """Return the share of the squared norm of W^R that the column pass takes away, over all layers."""
+    def _measure_column_loss(self, *, renew: bool = False) -> float:
+        """Return the share of the squared norm of W^R that the column pass takes away, over all layers.
+
+        Args:
+            renew: choose the column masks anew first.
+        """
         if not self.config.double_prune:
             return 0.0
         left = total = 0.0
         for _, layer, product in self.layers:
-            dense = product.dense_weight(layer.weight, backward=True)
-            left += float(torch.linalg.vector_norm(dense, dtype=torch.float32)) ** 2
-            total += float(torch.linalg.vector_norm(layer.weight.detach(), dtype=torch.float32)) ** 2
+            with compat.whole([layer.weight]):  # one by one: all together may not fit into memory
+                if renew:
+                    product.select_columns(layer.weight)
+                dense = product.dense_weight(layer.weight, backward=True)
+                left += float(torch.linalg.vector_norm(dense, dtype=torch.float32)) ** 2
+                total += float(torch.linalg.vector_norm(layer.weight.detach(), dtype=torch.float32)) ** 2
         return 1.0 - left / total if total else 0.0
 
     def _sizes(self) -> tuple[int, int]:

@@ -7,13 +7,13 @@ namespace {
 using namespace ds_efficient::slope;
 
 // ---- decompress, compress --------------------------------------------------------------------------------------
-// A lane takes 16 bytes of a dense row at a time; a warp takes kUnroll * 32 of these chunks of one row.
+// A lane takes 16 bytes of a dense row at a time; a warp takes 32 of these chunks of one row, several times.
 
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 4, kPackUnroll = 2;  // chunks that a lane has in flight: decompress, compress
 
 template <typename T>
-int64_t stretches_of(const Matrix& shape) {
-  return ceil_div(shape.columns, int64_t{kUnroll} * 32 * kPerVector<T>);
+int64_t stretches_of(const Matrix& shape, int unroll) {
+  return ceil_div(shape.columns, int64_t{32} * kPerVector<T> * unroll);
 }
 
 // Mask bits of the chunk that starts at `column`, and the index of its first value in the row.
@@ -42,17 +42,16 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t* const forward_row = forward + row * shape.words;
   const T* const value_row = values + row * shape.kept;
   T* const dense_row = dense + row * shape.columns;
+  const uint32_t* const used_row = backward == nullptr ? forward_row : backward + row * shape.words;
   uint32_t bits[kUnroll], used[kUnroll];
   Half half[kUnroll];
   int64_t first[kUnroll];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int64_t column = start + int64_t{u} * 32 * kPer;
-    bits[u] = used[u] = 0;
-    first[u] = 0;
-    if (column >= shape.columns) continue;
-    bits[u] = used[u] = chunk_bits<T>(forward_row, column, shape, kHalf ? nullptr : &first[u]);
-    if (backward != nullptr) used[u] &= chunk_bits<T>(backward + row * shape.words, column, shape, nullptr);
+  for (int u = 0; u < kUnroll; ++u) {  // no branches, so that all loads are under way together
+    int64_t column = start + int64_t{u} * 32 * kPer;
+    if (column >= shape.columns) column = 0;
+    bits[u] = chunk_bits<T>(forward_row, column, shape, &first[u]);
+    used[u] = bits[u] & chunk_bits<T>(used_row, column, shape, nullptr);
     if (kHalf) half[u] = load_pack<Half>(value_row + column / 2);
   }
 #pragma unroll
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (kHalf || (vector_dense && column + kPer <= shape.columns)) {
-      store_pack(dense_row + column, chunk);
+      store_pack_global(dense_row + column, chunk);
     } else {
 #pragma unroll
       for (int e = 0; e < kPer; ++e) {
@@ -95,21 +94,19 @@ __global__ void __launch_bounds__(kThreads)
   using Chunk = Pack<T, kPer>;
   using Half = Pack<T, kPer / 2>;
   const Place place = place_of_warp(across);
-  const int64_t row = place.row, start = (place.stretch * kUnroll * 32 + threadIdx.x % 32) * kPer;
+  const int64_t row = place.row, start = (place.stretch * kPackUnroll * 32 + threadIdx.x % 32) * kPer;
   if (row >= shape.rows) return;
   const uint32_t* const forward_row = forward + row * shape.words;
   const T* const dense_row = dense + row * shape.columns;
   T* const value_row = values + row * shape.kept;
-  uint32_t bits[kUnroll];
-  Chunk chunk[kUnroll];
-  int64_t first[kUnroll];
+  uint32_t bits[kPackUnroll];
+  Chunk chunk[kPackUnroll];
+  int64_t first[kPackUnroll];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int64_t column = start + int64_t{u} * 32 * kPer;
-    bits[u] = 0;
-    first[u] = 0;
-    if (column >= shape.columns) continue;
-    bits[u] = chunk_bits<T>(forward_row, column, shape, kHalf ? nullptr : &first[u]);
+  for (int u = 0; u < kPackUnroll; ++u) {  // no branches in the common case, so that all loads are under way together
+    int64_t column = start + int64_t{u} * 32 * kPer;
+    if (column >= shape.columns) column = 0;
+    bits[u] = chunk_bits<T>(forward_row, column, shape, &first[u]);
     if (kHalf || (vector_dense && column + kPer <= shape.columns)) {
       chunk[u] = load_pack<Chunk>(dense_row + column);
     } else {
@@ -120,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
+  for (int u = 0; u < kPackUnroll; ++u) {
     const int64_t column = start + int64_t{u} * 32 * kPer;
     if (column >= shape.columns) continue;
     if (kHalf) {
@@ -131,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       Half half;
       memcpy(&half, &made, sizeof half);
-      store_pack(value_row + column / 2, half);
+      store_pack_global(value_row + column / 2, half);
     } else {
       int64_t next = first[u];
 #pragma unroll
@@ -153,7 +150,7 @@ template <typename T>
 cudaError_t decompress(const void* values, const uint32_t* forward, const uint32_t* backward, void* dense,
                        int64_t rows, int64_t columns, int n, int m, cudaStream_t stream) {
   const Matrix shape = matrix_of(rows, columns, n, m);
-  const int64_t across = stretches_of<T>(shape);
+  const int64_t across = stretches_of<T>(shape, kUnroll);
   if (blocks_of(rows, across) > kMostBlocks) return cudaErrorInvalidConfiguration;
   const bool vector = aligned(dense, columns * int64_t{sizeof(T)}, kVector);
   const auto kernel = halves<T>(shape, n, m, dense, values) ? decompress_kernel<T, true> : decompress_kernel<T, false>;
@@ -166,7 +163,7 @@ template <typename T>
 cudaError_t compress(const void* dense, const uint32_t* forward, void* values, int64_t rows, int64_t columns, int n,
                      int m, cudaStream_t stream) {
   const Matrix shape = matrix_of(rows, columns, n, m);
-  const int64_t across = stretches_of<T>(shape);
+  const int64_t across = stretches_of<T>(shape, kPackUnroll);
   if (blocks_of(rows, across) > kMostBlocks) return cudaErrorInvalidConfiguration;
   const bool vector = aligned(dense, columns * int64_t{sizeof(T)}, kVector);
   const auto kernel = halves<T>(shape, n, m, dense, values) ? compress_kernel<T, true> : compress_kernel<T, false>;
@@ -179,7 +176,7 @@ cudaError_t compress(const void* dense, const uint32_t* forward, void* values, i
 // A warp takes a mask word of kM consecutive rows, a lane one column of it.
 
 template <typename T, int kM>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     select_kernel(const T* __restrict__ values, const uint32_t* __restrict__ forward, uint32_t* __restrict__ backward,
                   Matrix shape, uint32_t across, int n) {
   using Key = typename Unsigned<sizeof(T)>::key;

@@ -24,7 +24,8 @@ inline bool aligned(const void* pointer, int64_t row_bytes, int to) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(to) == 0 && row_bytes % to == 0;
 }
 
-// Loads and stores of 8 or 16 bytes at once; left to itself, the compiler splits some packs into elements.
+// Loads and stores of 8 or 16 bytes at once. Those to global memory are intrinsics: left to itself, the compiler splits
+// some stores into elements.
 template <int kBytes>
 struct Register;
 template <>
@@ -49,6 +50,13 @@ __device__ __forceinline__ void store_pack(void* to, const Pack& pack) {
   typename Register<sizeof(Pack)>::type bits;
   memcpy(&bits, &pack, sizeof pack);
   *static_cast<typename Register<sizeof(Pack)>::type*>(to) = bits;
+}
+
+template <typename Pack>
+__device__ __forceinline__ void store_pack_global(void* to, const Pack& pack) {
+  typename Register<sizeof(Pack)>::type bits;
+  memcpy(&bits, &pack, sizeof pack);
+  __stwb(static_cast<typename Register<sizeof(Pack)>::type*>(to), bits);
 }
 
 constexpr int64_t kMostBlocks = 0x7fffffff;

@@ -64,55 +64,63 @@ struct Alignment {
 
 template <typename T>
 struct alignas(kVector) TileMemory {
-  T data[kTileOutputs * kTileWords * (kWord / 2)];  // values of a row: at most half a word's; then the slots
+  // Values of a row: at most half a word's; then the slots. The padding is read, and what is read there not used.
+  T data[kTileOutputs * kTileWords * (kWord / 2) + kWord];
   uint32_t forward[kTileWords][kTileOutputs], backward[kTileWords][kTileOutputs];
 };
 
+// log2 of the values of a row of a whole tile: at compile time where kShift is not 0.
+template <int kShift>
+__device__ __forceinline__ int tile_shift(int shift) {
+  return kShift != 0 ? kShift : shift;
+}
+constexpr int kHalfShift = 6;  // where half of the matrix is kept
+static_assert(1 << kHalfShift == kTileInputs / 2, "values of a row of a tile at 1:2 and 2:4");
+
 template <typename T>
-__device__ __forceinline__ void load_tile(const T* __restrict__ values, const uint32_t* __restrict__ forward,
-                                          const uint32_t* __restrict__ backward, int64_t output, int64_t word,
-                                          const Matrix& shape, int shift, const Alignment& align,
-                                          TileMemory<T>& memory) {
-  static_assert(2 * kTileOutputs == kTileThreads, "a thread loads the mask words of one row of one mask");
-  const int64_t outputs = shape.rows - output < kTileOutputs ? shape.rows - output : kTileOutputs;
-  const int width = 1 << shift;  // values of a row of a whole tile
-  const int64_t first = word * shape.per_word, left = shape.kept - first;
-  const int count = left < width ? static_cast<int>(left) : width;
-  const T* const source = values + output * shape.kept + first;
+__device__ __forceinline__ void load_values(const T* __restrict__ source, int outputs, int count, int64_t pitch,
+                                            int shift, bool vector, TileMemory<T>& memory) {
   constexpr int kPer = kPerVector<T>;
-  if (align.values) {
-    const int chunks = shift - (sizeof(T) == 2 ? 3 : 2);  // log2 of chunks of a row
+  if (vector) {
+    const int chunks = shift - (sizeof(T) == 2 ? 3 : 2);  // log2 of the chunks of a row
+#pragma unroll 4
     for (int p = threadIdx.x; p < kTileOutputs << chunks; p += kTileThreads) {
       const int row = p >> chunks, at = (p & ((1 << chunks) - 1)) * kPer;
       if (row < outputs && at < count) {
-        __pipeline_memcpy_async(memory.data + row * width + at, source + row * shape.kept + at, kVector);
+        __pipeline_memcpy_async(memory.data + (row << shift) + at, source + row * pitch + at, kVector);
       }
     }
   } else {
     for (int p = threadIdx.x; p < kTileOutputs << shift; p += kTileThreads) {
-      const int row = p >> shift, at = p & (width - 1);
-      if (row < outputs && at < count) memory.data[p] = __ldg(source + row * shape.kept + at);
+      const int row = p >> shift, at = p & ((1 << shift) - 1);
+      if (row < outputs && at < count) memory.data[p] = __ldg(source + row * pitch + at);
     }
   }
   __pipeline_commit();
+}
+
+// A thread loads the words of one row of one mask; what is not there is 0.
+template <typename T>
+__device__ __forceinline__ void load_masks(const uint32_t* __restrict__ forward, const uint32_t* __restrict__ backward,
+                                           int outputs, int64_t words, int64_t left, bool vector,
+                                           TileMemory<T>& memory) {
+  static_assert(2 * kTileOutputs == kTileThreads && kTileWords == 4, "one uint4 a thread");
   const int row = threadIdx.x % kTileOutputs;
   const bool second = threadIdx.x >= kTileOutputs;
-  const uint32_t* const mask = (second ? backward : forward) + (output + row) * shape.words + word;
-  uint32_t bits[kTileWords] = {0, 0, 0, 0};
+  const uint32_t* const mask = (second ? backward : forward) + row * words;
+  uint4 bits{0, 0, 0, 0};
   if (row < outputs) {
-    if (align.masks && word + kTileWords <= shape.words) {
-      const uint4 four = __ldg(reinterpret_cast<const uint4*>(mask));
-      bits[0] = four.x, bits[1] = four.y, bits[2] = four.z, bits[3] = four.w;
+    if (vector && left >= kTileWords) {
+      bits = __ldg(reinterpret_cast<const uint4*>(mask));
     } else {
-#pragma unroll
-      for (int w = 0; w < kTileWords; ++w) {
-        if (word + w < shape.words) bits[w] = __ldg(mask + w);
-      }
+      bits.x = __ldg(mask);
+      if (left > 1) bits.y = __ldg(mask + 1);
+      if (left > 2) bits.z = __ldg(mask + 2);
+      if (left > 3) bits.w = __ldg(mask + 3);
     }
   }
-#pragma unroll
-  for (int w = 0; w < kTileWords; ++w) (second ? memory.backward : memory.forward)[w][row] = bits[w];
-  __pipeline_wait_prior(0);
+  uint32_t(&target)[kTileWords][kTileOutputs] = second ? memory.backward : memory.forward;
+  target[0][row] = bits.x, target[1][row] = bits.y, target[2][row] = bits.z, target[3][row] = bits.w;
 }
 
 // The slots of this lane's column in the groups of 4 outputs that this warp has.
@@ -121,24 +129,23 @@ __device__ __forceinline__ void gather_slots(const TileMemory<T>& memory, int sh
                                              Pack<T, kSlots> (&slots)[kTilePasses]) {
   const int word = threadIdx.x / 32 % kTileWords, first_group = threadIdx.x / 32 / kTileWords * kTilePasses;
   const uint32_t own = 1u << (threadIdx.x % 32), below = own - 1u;
+  const T* const values = memory.data + (first_group * kGroup << shift) + word * per_word;
 #pragma unroll
   for (int p = 0; p < kTilePasses; ++p) {
-    const int output = (first_group + p) * kGroup;
-    const uint4 forward = *reinterpret_cast<const uint4*>(&memory.forward[word][output]);
-    const uint4 backward = *reinterpret_cast<const uint4*>(&memory.backward[word][output]);
+    const uint4 forward = *reinterpret_cast<const uint4*>(&memory.forward[word][(first_group + p) * kGroup]);
+    const uint4 backward = *reinterpret_cast<const uint4*>(&memory.backward[word][(first_group + p) * kGroup]);
     const uint32_t all[kGroup] = {forward.x, forward.y, forward.z, forward.w};
     const uint32_t used[kGroup] = {backward.x, backward.y, backward.z, backward.w};
+    bool mine[kGroup];
     SlotPair<T> pair{0, 0};
-    uint32_t kept = 0;
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {  // no branches: a pruned element reads the first value of its word
-      const bool mine = (all[j] & used[j] & own) != 0u;
-      const T value = memory.data[((output + j) << shift) + word * per_word + (mine ? count_bits(all[j] & below) : 0)];
-      pair.first = mine ? pair.second : pair.first;
-      pair.second = mine ? value : pair.second;
-      kept |= mine ? 1u << j : 0u;
+    for (int j = 0; j < kGroup; ++j) {  // no branches: a pruned element reads a value too and drops it
+      const T value = values[((p * kGroup + j) << shift) + count_bits(all[j] & below)];
+      mine[j] = (all[j] & used[j] & own) != 0u;
+      pair.first = mine[j] ? pair.second : pair.first;
+      pair.second = mine[j] ? value : pair.second;
     }
-    finish(pair, kept);
+    finish(pair, mine[0] && !(mine[1] || mine[2] || mine[3]) ? 1u : 0u);
     slots[p].value[0] = pair.first;
     slots[p].value[1] = pair.second;
   }
@@ -159,46 +166,56 @@ __device__ __forceinline__ void stage_slots(const Pack<T, kSlots> (&slots)[kTile
   }
 }
 
+// `target` is where the first slot of the first input feature of the tile goes, `before` how many of its features lie
+// before the rows to write, `rows` how many do not lie behind them, `left` the slots from the first one on.
 template <typename T>
-__device__ __forceinline__ void store_tile(const TileMemory<T>& memory, T* __restrict__ out, int64_t output,
-                                           int64_t input, int64_t first_row, int64_t rows, int64_t outputs,
-                                           bool vector) {
-  constexpr int kPer = kPerVector<T>, kChunks = kTileRow / kPer;
-  const int64_t pitch = outputs / kGroup * kSlots, column = output / kGroup * kSlots;
-#pragma unroll 4
-  for (int p = threadIdx.x; p < kTileInputs * kChunks; p += kTileThreads) {
-    const int row = p / kChunks, chunk = p % kChunks;
-    const int64_t target_row = input + row - first_row, at = column + chunk * kPer;
-    if (target_row < 0 || target_row >= rows || at >= pitch) continue;
-    const auto made = load_pack<Pack<T, kPer>>(memory.data + tile_chunk<sizeof(T)>(row, chunk) * kPer);
-    T* const target = out + target_row * pitch + at;
-    if (vector) {
-      store_pack(target, made);
-    } else {
+__device__ __forceinline__ void store_tile(const TileMemory<T>& memory, T* __restrict__ target, int64_t before,
+                                           int64_t rows, int64_t pitch, int64_t left, bool vector) {
+  constexpr int kPer = kPerVector<T>, kChunks = kTileRow / kPer, kStep = kTileThreads / kChunks;
+  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+  if (chunk * kPer >= left) return;
+  target += first * pitch + chunk * kPer;
 #pragma unroll
-      for (int e = 0; e < kPer; ++e) {
-        if (at + e < pitch) target[e] = made.value[e];
+  for (int row = 0; row < kTileInputs; row += kStep) {
+    if (row + first >= before && row + first < rows) {
+      const auto made = load_pack<Pack<T, kPer>>(memory.data + tile_chunk<sizeof(T)>(row + first, chunk) * kPer);
+      if (vector) {
+        store_pack_global(target + row * pitch, made);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kPer; ++e) {
+          if (chunk * kPer + e < left) target[row * pitch + e] = made.value[e];
+        }
       }
     }
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kTileThreads)
+template <typename T, int kShift>
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 && kShift != 0 ? 3 : 2)
     backward_operand_kernel(const T* __restrict__ values, const uint32_t* __restrict__ forward,
                             const uint32_t* __restrict__ backward, T* __restrict__ out, int64_t first_row,
-                            int64_t rows, Matrix shape, int shift, TileGrid grid, Alignment align) {
+                            int64_t rows, Matrix shape, int runtime_shift, TileGrid grid, Alignment align) {
   __shared__ TileMemory<T> memory;
+  const int shift = tile_shift<kShift>(runtime_shift), per_word = (1 << shift) / kTileWords;
   const int64_t output = int64_t{blockIdx.x / grid.across} * kTileOutputs;
   const int64_t word = grid.first_word + int64_t{blockIdx.x % grid.across} * kTileWords;
-  load_tile(values, forward, backward, output, word, shape, shift, align, memory);
+  const int outputs = static_cast<int>(shape.rows - output < kTileOutputs ? shape.rows - output : kTileOutputs);
+  const int64_t first = word * per_word, left = shape.kept - first;
+  load_values(values + output * shape.kept + first, outputs, left < 1 << shift ? static_cast<int>(left) : 1 << shift,
+              shape.kept, shift, align.values, memory);
+  const int64_t mask_start = output * shape.words + word;
+  load_masks(forward + mask_start, backward + mask_start, outputs, shape.words, shape.words - word, align.masks, memory);
+  __pipeline_wait_prior(0);
   __syncthreads();
   Pack<T, kSlots> slots[kTilePasses];
-  gather_slots(memory, shift, shape.per_word, slots);
+  gather_slots(memory, shift, per_word, slots);
   __syncthreads();
   stage_slots(slots, memory);
   __syncthreads();
-  store_tile(memory, out, output, word * kWord, first_row, rows, shape.rows, align.out);
+  const int64_t pitch = shape.rows / kGroup * kSlots, column = output / kGroup * kSlots;
+  const int64_t before = first_row - word * kWord;  // may be negative
+  store_tile(memory, out - before * pitch + column, before, before + rows, pitch, pitch - column, align.out);
 }
 
 template <typename T>
@@ -217,7 +234,8 @@ cudaError_t backward_operand(const void* values, const uint32_t* forward, const 
       (1 << shift) >= kPerVector<T> && aligned(values, shape.kept * int64_t{sizeof(T)}, kVector),
       aligned(forward, shape.words * 4, kVector) && aligned(backward, shape.words * 4, kVector),
       aligned(out, row_bytes, kVector)};
-  backward_operand_kernel<T><<<static_cast<unsigned>(tiles), kTileThreads, 0, stream>>>(
+  const auto kernel = shift == kHalfShift ? backward_operand_kernel<T, kHalfShift> : backward_operand_kernel<T, 0>;
+  kernel<<<static_cast<unsigned>(tiles), kTileThreads, 0, stream>>>(
       static_cast<const T*>(values), forward, backward, static_cast<T*>(out), first_row, rows, shape, shift, grid,
       align);
   return cudaGetLastError();

@@ -1,0 +1,90 @@
+"""What the measurements share: conditions of a run, medians of times taken in turns, CSV files."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "docs" / "results" / "data"
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the processor's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit and command: the columns that close each row."""
+    found = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else "",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "python": platform.python_version(),
+        "commit": os.environ.get("COMMIT") or found.stdout.strip() or "unknown",
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def write_csv(name: str, rows: Sequence[Mapping[str, Any]], folder: Path, device: torch.device) -> Path:
+    """Write ``<name>_<device>.csv``; the columns are those of all rows in the order of appearance."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}_{device_name(device).replace(' ', '_')}.csv"
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def times_ms(call: Callable[[], object], repeat: int, device: torch.device) -> list[float]:
+    """Milliseconds of single calls; on a GPU by events, with the host running ahead."""
+    if device.type != "cuda":
+        found = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            call()
+            found.append(1e3 * (time.perf_counter() - start))
+        return found
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeat)
+    ]
+    torch.cuda._sleep(2_000_000)
+    for first, last in events:
+        first.record()
+        call()
+        last.record()
+    torch.cuda.synchronize(device)
+    return [first.elapsed_time(last) for first, last in events]
+
+
+def medians_in_turns(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, blocks: int = 5, repeat: int = 5
+) -> dict[str, float]:
+    """Median milliseconds of each call over ``blocks`` turns of ``repeat`` calls each.
+
+    In turns, because a GPU's clock follows its temperature and its load.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        times_ms(call, 2, device)
+    for _ in range(blocks):
+        for name, call in calls.items():
+            found[name] += times_ms(call, repeat, device)
+    return {name: statistics.median(times) for name, times in found.items()}
