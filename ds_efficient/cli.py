@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from ds_efficient.errors import USER_ERROR_EXIT, UserError
 from ds_efficient.version import __version__
 
-COMMANDS = ("validate", "plan", "env", "prebuild", "schema", "report")
+COMMANDS = ("validate", "plan", "env", "prebuild", "schema", "report", "export")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
     parser = argparse.ArgumentParser(
-        prog="ds_efficient", description="Check, plan, build for and report on GPT pretraining runs."
+        prog="ds_efficient", description="Check, plan, build for, report on and export GPT pretraining runs."
     )
     parser.add_argument("--version", action="version", version=f"ds_efficient {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -126,6 +126,10 @@ class FakeLt:
         ctypes.c_int32.from_address(data).value = self.described[address][attribute]
 
     def _matmul_plan_init(self, handle, plan, product, selection):
+        # cuSPARSELt 0.8 crashes at a second initialisation of a plan, also after its end
+        mark = ctypes.c_uint8.from_address(plan)
+        assert mark.value == 0
+        mark.value = 1
         self.described[plan] = (self.described[product], selection, dict(self.described[selection]))
 
     def _matmul_plan_destroy(self, plan):

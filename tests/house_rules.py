@@ -23,7 +23,7 @@ _CORE_BASE = tuple(
     f"ds_efficient.core.{name}"
     for name in (
         "keys technique shape inventory inventory_torch layout linear_seam state gpu_peaks "
-        "deepspeed_compat deepspeed_schema"
+        "deepspeed_compat deepspeed_files deepspeed_schema"
     ).split()
 )
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("ds_efficient.ops",),),
     tuple((f"ds_efficient.{name}",) for name in TECHNIQUES),
     (("ds_efficient.config",),),
-    (("ds_efficient.core",), ("ds_efficient.report",)),
+    (("ds_efficient.core",), ("ds_efficient.report",), ("ds_efficient.export",)),
     (("ds_efficient.commands", "ds_efficient.cli", "ds_efficient.__main__", "ds_efficient"),),
     (("megatron_patches",),),
     (("launch", "pretraining", "preflight"),),

@@ -54,6 +54,7 @@ class CheckpointStore:
         self._entries: dict[str, _Entry] = {}
         self._facts: dict[str, Any] = {}
         self._weights_facts: dict[str, Any] = {}
+        self._about: dict[str, Any] = {}
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.layout = files.Layout(
             world_size=world,
@@ -96,6 +97,11 @@ class CheckpointStore:
         """
         files.check_plain(facts, "facts")
         (self._weights_facts if weights_only else self._facts).update(facts)
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Record plain values in every checkpoint that other programs want to know; nothing compares them."""
+        files.check_plain(about, "about")
+        self._about.update(about)
 
     def _shared_file(self) -> str:
         context = self._context
@@ -156,7 +162,7 @@ class CheckpointStore:
 
     def _finish(self, staging: Path, folder: Path, save_latest: bool) -> None:
         facts = {**self._weights_facts, **self._facts}
-        files.write_manifest(staging, self.layout, {"package": __version__, "facts": facts})
+        files.write_manifest(staging, self.layout, {"package": __version__, "facts": facts, "about": self._about})
         files.publish(staging, folder)
         if save_latest:
             latest = folder.parent / files.LATEST

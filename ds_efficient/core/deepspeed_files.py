@@ -126,7 +126,9 @@ class RankTensors:
         if pieces is None:
             found = self._tensors[name]
             if tuple(found.shape) != self._shapes[name] or (not found.numel() and name not in self._buffers):
-                raise CheckpointError(f"{self._path}: parameter {name} is partitioned, and no part of it is there")
+                raise CheckpointError(
+                    f"{self._path}: parameter {name} is partitioned, and no part of it is there"
+                )
             return found
         shape = self._shapes[name]
         size = math.prod(shape)

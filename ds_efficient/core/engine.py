@@ -17,7 +17,7 @@ from ds_efficient.core import evidence as evidence_module
 from ds_efficient.core.apply import apply_techniques, build_techniques
 from ds_efficient.core.checkpoint import CheckpointStore
 from ds_efficient.core.inventory import Inventory
-from ds_efficient.core.parameter_groups import split_groups
+from ds_efficient.core.parameter_groups import as_lists, split_groups
 from ds_efficient.core.technique import Action, Evidence, RunContext, StepContext, Technique
 from ds_efficient.errors import ConfigError, UserError
 
@@ -197,7 +197,7 @@ def _parameters(model: torch.nn.Module, given: Any) -> Any:
     chosen = given(model) if callable(given) else given
     if chosen is None:
         return split_groups([parameter for parameter in model.parameters() if parameter.requires_grad])
-    groups = list(chosen)
+    groups = as_lists(chosen)
     known = {id(parameter) for parameter in model.parameters()}
     if not compat.parameter_ids(groups) <= known:
         raise UserError(

@@ -71,7 +71,8 @@ class _Reader:
         if kind == "embedding" and self.word_embedding is None:
             self.word_embedding = name
         if kind in ("linear", "column_parallel"):
-            borrowed = direct.get("weight") is None  # megatron-core hands the embedding's weight in
+            # megatron-core hands the embedding's weight in
+            borrowed = kind == "column_parallel" and direct.get("weight") is None
             tied_to = tied_to or (self.word_embedding if borrowed else None)
             if is_output or tied_to is not None or name.rpartition(".")[2] in _OUTPUT_NAMES:
                 kind = "output"

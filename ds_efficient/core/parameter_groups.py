@@ -5,24 +5,24 @@ A technique marks a parameter by an attribute ``parameter_group``: options of it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 
-def split_groups(groups: Sequence[Any]) -> list[Any]:
+def split_groups(groups: Iterable[Any]) -> list[Any]:
     """Move marked parameters into groups of their own.
 
     Args:
         groups: parameters, or parameter groups as dicts.
 
     Returns:
-        `groups` itself where nothing is marked; else groups: each given one without its marked parameters
-        (left out when nothing remains), followed by one for each name, with the options of the group that
-        they come from and the marked options over them.
+        The same parameters or groups where nothing is marked; else groups: each given one without its
+        marked parameters (left out when nothing remains), followed by one for each name, with the options of
+        the group that they come from and the marked options over them.
     """
-    listed = list(groups)
+    listed = as_lists(groups)
     if not any(getattr(parameter, "parameter_group", None) for parameter in _members(listed)):
         return listed
     if not isinstance(listed[0], Mapping):
@@ -42,6 +42,13 @@ def split_groups(groups: Sequence[Any]) -> list[Any]:
             result.append({**options, "params": plain})
         result.extend(marked.values())
     return result
+
+
+def as_lists(groups: Iterable[Any]) -> list[Any]:
+    """Return parameters or parameter groups as given, iterators (that are used up by reading) as lists."""
+    return [
+        {**group, "params": _members([group])} if isinstance(group, Mapping) else group for group in groups
+    ]
 
 
 def _members(groups: Iterable[Any]) -> list[Any]:

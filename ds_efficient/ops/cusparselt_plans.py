@@ -172,12 +172,8 @@ class Plan:
         self._library = library
         self._handle = library.handle(shape.device)
         self._matmul: Any = library.cusparseLtMatmul  # type: ignore[attr-defined]
-        self._plan = Opaque()
         self._iterations = iterations
-        self._describe()
-        if algorithm is not None:
-            self._select(algorithm)
-        self._initialize()
+        self._create()
         self._address = self._plan.address
 
     def run(self, operand: int, x: int, y: int, lane: Lane) -> None:
@@ -211,29 +207,31 @@ class Plan:
             y, y, lane.workspace if self.workspace else 0, lane.streams, 1,
         )  # fmt: skip
         self.algorithm = Algorithm(*(self._read(attribute) for attribute in _SELECTED))
-        self._initialize()  # from the selection as the search left it
+        self._read_workspace()
         return self.algorithm
 
     def destroy(self) -> None:
-        """Free the library's structures; the GPU must have finished with the plan."""
-        self._library.call("cusparseLtMatmulPlanDestroy", self.shape.text, self._address)
+        """Free the library's structures, in the order of NVIDIA's samples; the GPU must have finished."""
         self._destroy_descriptors()
+        self._library.call("cusparseLtMatmulPlanDestroy", self.shape.text, self._address)
 
-    def _describe(self) -> None:
-        """Create the descriptors, with the layout of B that the library accepts for this dtype."""
+    def _create(self) -> None:
+        """Create descriptors and plan, with the layout of B that the library accepts for this dtype.
+
+        The library does not bear a second initialisation of a plan, so each attempt has memory of its own.
+        """
         decided = _layouts.get(self.shape.dtype)
-        if decided is not None:
-            self._create_descriptors(decided)
-            return
         refusal: LtError | None = None
-        for layout in LAYOUTS:
+        for layout in LAYOUTS if decided is None else (decided,):
+            self._plan = Opaque()
             try:
                 self._create_descriptors(layout)
+                if self.algorithm is not None:
+                    self._select(self.algorithm)
                 self._initialize()
             except LtError as error:
                 refusal = refusal or error
                 continue
-            self._library.call("cusparseLtMatmulPlanDestroy", self.shape.text, self._plan.address)
             _layouts[self.shape.dtype] = layout
             return
         assert refusal is not None
@@ -280,13 +278,16 @@ class Plan:
                 logger.debug("%s", error)
 
     def _initialize(self) -> None:
-        shape, size = self.shape, ctypes.c_size_t(0)
         self._library.call(
-            "cusparseLtMatmulPlanInit", shape.text, self._handle, self._plan.address, self._product.address,
-            self._selection.address,
+            "cusparseLtMatmulPlanInit", self.shape.text, self._handle, self._plan.address,
+            self._product.address, self._selection.address,
         )  # fmt: skip
+        self._read_workspace()
+
+    def _read_workspace(self) -> None:
+        size = ctypes.c_size_t(0)
         self._library.call(
-            "cusparseLtMatmulGetWorkspace", shape.text, self._handle, self._plan.address,
+            "cusparseLtMatmulGetWorkspace", self.shape.text, self._handle, self._plan.address,
             ctypes.addressof(size),
         )  # fmt: skip
         self.workspace = size.value
@@ -308,10 +309,10 @@ class Plan:
 
     def _destroy_descriptors(self) -> None:
         about = self.shape.text
-        if self._library.cusparseLtMatmulAlgSelectionDestroy is not None:  # type: ignore[attr-defined]
-            self._library.call("cusparseLtMatmulAlgSelectionDestroy", about, self._selection.address)
         for descriptor in (self._sparse, self._dense, self._result):
             self._library.call("cusparseLtMatDescriptorDestroy", about, descriptor.address)
+        if self._library.cusparseLtMatmulAlgSelectionDestroy is not None:  # type: ignore[attr-defined]
+            self._library.call("cusparseLtMatmulAlgSelectionDestroy", about, self._selection.address)
 
 
 _plans: dict[PlanShape, Plan] = {}

@@ -73,6 +73,8 @@ def _reason_to_skip(module: ModuleInfo, config: SlopeConfig, shared: set[str | N
         return "not in modules"
     if module.tied_to is not None or module.name in shared:
         return "shares its weight"
+    if module.parameters < module.in_features * module.out_features:
+        return "its weight is computed from other parameters"
     return ""
 
 

@@ -149,6 +149,54 @@ class SlopeLinear(nn.Module):
         layer.weight.requires_grad_(bool(next(iter(linear.parameters())).requires_grad))
         return layer.train(linear.training)
 
+    @classmethod
+    def from_compact(
+        cls,
+        values: Tensor,
+        mask: Tensor,
+        bias: Tensor | None = None,
+        *,
+        pattern: str,
+        adapter: tuple[Tensor, Tensor] | None = None,
+        backend: str = "auto",
+        name: str = "",
+    ) -> SlopeLinear:
+        """Make a layer for inference from kept values and their mask; no parameter takes a gradient.
+
+        Args:
+            values: (out_features, in_features * N // M).
+            mask: packed forward mask (out_features, 4 * ceil(in_features / 32)).
+            bias: (out_features,) or None.
+            pattern: ``"N:M"``.
+            adapter: R (rank, in_features) and L (out_features, rank), which take part; or None.
+            backend: as of the class.
+            name: of the layer, for messages.
+
+        Raises:
+            UserError: the mask does not keep N of every M, or the sizes do not fit.
+        """
+        try:
+            n, m = parse_pattern(pattern)
+        except ValueError as error:
+            raise UserError(f"pattern={pattern!r}: {error}") from None
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = values.shape[0], values.shape[1] * m // n
+        shape = checked_shape(layer.out_features, layer.in_features, pattern)
+        ops.check_mask(mask, shape.in_features, n=n, m=m)
+        if tuple(values.shape) != (mask.shape[0], shape.kept):
+            raise UserError(
+                f"{name or 'layer'}: values {tuple(values.shape)}, {pattern} of a mask with {mask.shape[0]} rows"
+            )
+        layer.slope = SparseProduct(shape, mask, double_prune=False, backend=backend, name=name)
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if adapter is not None:
+            down, up = (nn.Parameter(part, requires_grad=False) for part in adapter)
+            layer.slope.adapter_down, layer.slope.adapter_up = down, up
+            layer.slope.adapter_active = True
+        return layer.eval()
+
     def extra_repr(self) -> str:
         """Return the sizes."""
         return (

@@ -18,7 +18,7 @@ from ds_efficient.core.technique import Action, Evidence, RunContext, StepContex
 from ds_efficient.errors import UserError
 from ds_efficient.slope.config import SlopeConfig
 from ds_efficient.slope.layers import plan_layers
-from ds_efficient.slope.linear import SlopeLinear, is_conv1d
+from ds_efficient.slope.linear import SlopeLinear, dense_weight_of, is_conv1d
 from ds_efficient.slope.masks import magnitude_mask, random_mask
 from ds_efficient.slope.operands import LayerShape
 from ds_efficient.slope.product import SparseProduct
@@ -71,18 +71,14 @@ class SlopeTechnique(Technique[SlopeConfig]):
                 f"({'; '.join(reasons) or 'the model has none'}); the model's linear layers are called "
                 f"{', '.join(known) or '-'}"
             )
+        for action in chosen:  # all of them before the first is changed
+            _check_kind(action.module, model.get_submodule(action.module))
         for action in chosen:
             module = model.get_submodule(action.module)
             if isinstance(module, LinearSeam):
                 product = self._install(module, action)
-            elif type(module) is nn.Linear or is_conv1d(module):
-                module, product = self._replace(model, module, action)
             else:
-                raise UserError(
-                    f"slope: {action.module} is a {type(module).__name__}, which takes no sparse product; "
-                    "add it to slope.exclude, or build the model with megatron_patches.layer_spec(config) "
-                    "(--transformer-impl local)"
-                )
+                module, product = self._replace(model, module, action)
             product.operands.managed = True
             self.layers.append((action.module, module, product))
         self._column_loss = self._measure_column_loss()
@@ -301,6 +297,22 @@ class SlopeTechnique(Technique[SlopeConfig]):
         for _, _, product in self.layers:
             product.adapter_active = self.adapters_active and product.adapter_down is not None
         self._renew_operands()
+
+
+def _check_kind(name: str, module: nn.Module) -> None:
+    """Raise UserError unless the module takes a product or can be replaced."""
+    if isinstance(module, LinearSeam):
+        return
+    if not (type(module) is nn.Linear or is_conv1d(module)):
+        raise UserError(
+            f"slope: {name} is a {type(module).__name__}, which takes no sparse product; add it to "
+            "slope.exclude, or build the model with megatron_patches.layer_spec(config) "
+            "(--transformer-impl local)"
+        )
+    try:
+        dense_weight_of(module)
+    except UserError as error:
+        raise UserError(f"{name}: {error}; add it to slope.exclude") from None
 
 
 def shard_ranges(

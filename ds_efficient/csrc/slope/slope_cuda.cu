@@ -155,7 +155,8 @@ cudaError_t decompress(const void* values, const uint32_t* forward, const uint32
   const bool vector = aligned(dense, columns * int64_t{sizeof(T)}, kVector);
   const auto kernel = halves<T>(shape, n, m, dense, values) ? decompress_kernel<T, true> : decompress_kernel<T, false>;
   kernel<<<static_cast<unsigned>(blocks_of(rows, across)), kThreads, 0, stream>>>(
-      static_cast<const T*>(values), forward, backward, static_cast<T*>(dense), shape, static_cast<uint32_t>(across), vector);
+      static_cast<const T*>(values), forward, backward, static_cast<T*>(dense), shape, static_cast<uint32_t>(across),
+      vector);
   return cudaGetLastError();
 }
 

@@ -205,7 +205,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 && kShift != 0 ? 
   load_values(values + output * shape.kept + first, outputs, left < 1 << shift ? static_cast<int>(left) : 1 << shift,
               shape.kept, shift, align.values, memory);
   const int64_t mask_start = output * shape.words + word;
-  load_masks(forward + mask_start, backward + mask_start, outputs, shape.words, shape.words - word, align.masks, memory);
+  load_masks(forward + mask_start, backward + mask_start, outputs, shape.words, shape.words - word, align.masks,
+             memory);
   __pipeline_wait_prior(0);
   __syncthreads();
   Pack<T, kSlots> slots[kTilePasses];
@@ -269,7 +270,8 @@ template <typename T>
 cudaError_t pattern(const uint32_t* mask, void* out, int64_t rows, int64_t columns, bool transposed, uint32_t one,
                     cudaStream_t stream) {
   const auto kernel = transposed ? pattern_kernel<T, true> : pattern_kernel<T, false>;
-  const int64_t wanted = ceil_div(rows * columns / kGroup, kThreads), blocks = wanted < kMostBlocks ? wanted : kMostBlocks;
+  const int64_t wanted = ceil_div(rows * columns / kGroup, kThreads);
+  const int64_t blocks = wanted < kMostBlocks ? wanted : kMostBlocks;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
       mask, static_cast<T*>(out), rows, columns, static_cast<T>(one));
   return cudaGetLastError();
