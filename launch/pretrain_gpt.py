@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Model and engine.
     from pretraining.model import build_model, parameter_groups
+    from pretraining.pretrained import fill_from, open_pretrained
     from pretraining.schedule import LRScheduler, schedule_from
 
     import ds_efficient
@@ -67,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     vocab_size = padded_vocab_size(
         tokenizer.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
     )
+    pretrained = open_pretrained(args, vocab_size, tokenizer)
     model = build_model(args, settings, vocab_size, efficiency)
+    if pretrained is not None:
+        fill_from(pretrained, model)
     optimizer_params = settings.deepspeed["optimizer"]["params"]
     schedule = None
     if settings.own_schedule and not args.skip_train:
@@ -88,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = checkpoints.Progress()
     order = checkpoints.DataOrder(data.datasets.identity, data.datasets.changes_since)
     checkpoints.register_states(engine, args, settings, vocab_size, progress, order)
+    checkpoints.describe(engine, args, tokenizer)
     resumed = checkpoints.load(engine, args, settings, progress, order)
     log = setup.open_run_log(args) if rank == 0 else None
     setup.announce(args, settings, engine, vocab_size, progress, log, resumed)

@@ -19,7 +19,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "checkpoint", type=Path, metavar="CHECKPOINT", help="folder that --save named, or a checkpoint in it"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--tag", metavar="NAME", help="name of the checkpoint, as in global_step1000; the latest")
+    parser.add_argument(
+        "--tag", metavar="NAME", help="name of the checkpoint, as in global_step1000; the latest"
+    )
     parser.add_argument(
         "--format",
         choices=("dense", "sparse"),

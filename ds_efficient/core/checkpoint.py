@@ -162,7 +162,9 @@ class CheckpointStore:
 
     def _finish(self, staging: Path, folder: Path, save_latest: bool) -> None:
         facts = {**self._weights_facts, **self._facts}
-        files.write_manifest(staging, self.layout, {"package": __version__, "facts": facts, "about": self._about})
+        files.write_manifest(
+            staging, self.layout, {"package": __version__, "facts": facts, "about": self._about}
+        )
         files.publish(staging, folder)
         if save_latest:
             latest = folder.parent / files.LATEST
@@ -171,18 +173,18 @@ class CheckpointStore:
     def _loading(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
             manifest: dict[str, Any] | None = None
-            whole, module_only = (
-                kwargs.get("load_optimizer_states", True),
-                kwargs.get("load_module_only", False),
-            )
+            module_only = kwargs.get("load_module_only", False)
+            whole = kwargs.get("load_optimizer_states", True) and not module_only
             universal = bool(self._engine.load_universal_checkpoint())
             if not universal:
                 chosen = str(tag) if tag is not None else files.latest_tag(Path(load_dir))
                 if chosen is None:
                     return original(load_dir, tag, *args, **kwargs)
                 tag = chosen
-                manifest = self._check(Path(load_dir) / chosen, weights_only=not whole or module_only)
+                manifest = self._check(Path(load_dir) / chosen, weights_only=not whole)
             partial = self.layout.zero_stage == 3 and not whole
+            if partial:  # with load_module_only alone DeepSpeed would load no weights
+                kwargs["load_optimizer_states"] = False
             view = (
                 compat.weights_view(self._engine, Path(load_dir), str(tag)) if partial else _as_is(load_dir)
             )

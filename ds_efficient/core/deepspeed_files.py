@@ -1,8 +1,8 @@
 """Tensors out of DeepSpeed's checkpoint files, without DeepSpeed and without running code from the files.
 
-A checkpoint folder holds for each model-parallel rank R the weights, ``mp_rank_RR_model_states.pt``, and with
-ZeRO for each data-parallel rank D a part of the optimizer, ``zero_pp_rank_D_mp_rank_RR_optim_states.pt`` (with
-bf16: ``bf16_zero...``). What of their content is used here:
+A checkpoint folder holds for each model-parallel rank R the weights, ``mp_rank_RR_model_states.pt``, and
+with ZeRO for each data-parallel rank D a part of the optimizer, ``zero_pp_rank_D_mp_rank_RR_optim_states.pt``
+(with bf16: ``bf16_zero...``). What of their content is used here:
 
 - ``module``: names and weights; under ZeRO-3 the weights are empty and only the buffers are there;
 - ZeRO 1 and 2, ``single_partition_of_fp32_groups`` and ``param_slice_mappings``: this rank's part of the fp32
@@ -49,8 +49,8 @@ def load_file(path: Path) -> dict[str, Any]:
         foreign = sorted(name for name in names if not name.startswith("deepspeed."))
         if foreign:
             raise CheckpointError(
-                f"{path}: holds objects of {', '.join(foreign)}, which are not read: only tensors, plain values "
-                "and DeepSpeed's own records are"
+                f"{path}: holds objects of {', '.join(foreign)}, which are not read: only tensors, plain "
+                "values and DeepSpeed's own records are"
             )
         with torch.serialization.safe_globals([_stand_in(name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -135,7 +135,8 @@ class RankTensors:
         flat = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         if flat.numel() < size:
             raise CheckpointError(
-                f"{self._path}: the partitions of {name} hold {flat.numel()} values, its shape {shape} has {size}"
+                f"{self._path}: the partitions of {name} hold {flat.numel()} values, its shape {shape} has "
+                f"{size}"
             )
         return flat[:size].view(shape)
 

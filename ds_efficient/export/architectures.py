@@ -1,8 +1,9 @@
-"""Hugging Face architectures that compute what megatron-core's GPTModel does, and how its tensors map to them.
+"""Hugging Face architectures that compute what megatron-core's GPTModel does, and how its tensors map to it.
 
-- Rotary positions, RMSNorm and SwiGLU: Llama; with a bias on queries, keys and values alone: Qwen2; with norms on
-  queries and keys: Qwen3.
-- Learned positions, LayerNorm, GELU and biases: GPT-2, whose linear layers (``Conv1D``) keep weights as (in, out).
+- Rotary positions, RMSNorm and SwiGLU: Llama; with a bias on queries, keys and values alone: Qwen2; with norms
+  on queries and keys: Qwen3.
+- Learned positions, LayerNorm, GELU and biases: GPT-2, whose linear layers (``Conv1D``) keep weights as
+  (in, out).
 
 megatron-core stacks the rows of queries, keys and values group by group (queries of the group, its key, its
 value), and those of a gated layer as gate, then up.
@@ -25,7 +26,7 @@ _FALLBACK_POSITIONS = 2048
 
 
 def qkv_rows(arguments: ModelArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which rows of megatron-core's QKV layer are queries, keys and values, in the order of the heads."""
+    """Return the rows of megatron-core's QKV layer that are queries, keys and values, in the heads' order."""
     groups, width = arguments.num_query_groups, arguments.kv_channels
     queries = arguments.num_attention_heads // groups
     rows = torch.arange(groups * (queries + 2) * width).view(groups, queries + 2, width)

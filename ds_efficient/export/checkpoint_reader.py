@@ -1,7 +1,7 @@
 """Whole tensors of a GPT out of a checkpoint of ``launch/pretrain_gpt.py``, whatever layout saved it.
 
-ZeRO partitions, tensor-parallel shards and pipeline stages are put together tensor by tensor, when one is asked
-for. Names are those of megatron-core's GPTModel on one rank.
+ZeRO partitions, tensor-parallel shards and pipeline stages are put together tensor by tensor, when one is
+asked for. Names are those of megatron-core's GPTModel on one rank.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class CheckpointReader:
             for name in names:
                 if name.endswith("_extra_state") or (tied and name == "output_layer.weight"):
                     continue
-                places[_global_name(name, offset)] = (stage, name)
+                places[plain_name(_renumbered(name, offset))] = (stage, name)
             offset += len(numbers)
         if offset != self.arguments.num_layers:
             raise CheckpointError(
@@ -233,8 +233,8 @@ class CheckpointReader:
         pattern = _pattern_of(mask, weight.shape[1], inputs)
         if pattern is None:
             raise CheckpointError(
-                f"{self.folder}: {name}: its mask keeps no fixed number of every M inputs, or not as many as its "
-                f"weight {tuple(weight.shape)} has"
+                f"{self.folder}: {name}: its mask keeps no fixed number of every M inputs, or not as many as "
+                f"its weight {tuple(weight.shape)} has"
             )
         return Linear(weight, bias, inputs, mask, pattern, down, up)
 
@@ -250,16 +250,23 @@ def _pattern_of(mask: Tensor, kept: int, inputs: int) -> str | None:
     return None
 
 
-def _global_name(name: str, offset: int) -> str:
+def _renumbered(name: str, offset: int) -> str:
+    return _LAYER.sub(lambda found: str(int(found.group()) + offset), name)
+
+
+def plain_name(name: str) -> str:
+    """Return a tensor's name as with megatron-core's local layers, where Transformer Engine's has another."""
     for inside, outside in _RENAMED.items():
         name = name.replace(inside, outside)
-    return _LAYER.sub(lambda found: str(int(found.group()) + offset), name)
+    return name
 
 
 def _checkpoint_folder(path: Path, tag: str | None, flag: str) -> Path:
     """Return the folder of the checkpoint that is meant."""
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; name the folder that --save named, or a checkpoint in it")
+        raise CheckpointError(
+            f"{path}: no such folder; name the folder that --save named, or a checkpoint in it"
+        )
     if tag is None and (path / files.MANIFEST).is_file():
         return path
     chosen = tag if tag is not None else files.latest_tag(path, flag=flag)

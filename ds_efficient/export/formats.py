@@ -1,9 +1,10 @@
 """Files of an exported model: safetensors in parts, an index of them, and ``slope.json``.
 
-A sparse layer ``<name>`` has ``<name>.weight.values``, the compact weight (out, in * N / M) with the kept values
-of each output in ascending input order, and ``<name>.weight.mask``, packed to bits: uint8
-(out, 4 * ceil(in / 32)), bit j of byte b is input 8 b + j, bits beyond the inputs are 0. An active adapter adds
-``<name>.adapter_down`` R (rank, in) and ``<name>.adapter_up`` L (out, rank): y = x W^T + (x R^T) L^T + bias.
+A sparse layer ``<name>`` has ``<name>.weight.values``, the compact weight (out, in * N / M) with the kept
+values of each output in ascending input order, and ``<name>.weight.mask``, packed to bits: uint8
+(out, 4 * ceil(in / 32)), bit j of byte b is input 8 b + j, bits beyond the inputs are 0. An active adapter
+adds ``<name>.adapter_down`` R (rank, in) and ``<name>.adapter_up`` L (out, rank):
+y = x W^T + (x R^T) L^T + bias.
 """
 
 from __future__ import annotations

@@ -73,7 +73,9 @@ def export_hf(
     """
     formats.require_safetensors()
     if format not in FORMATS or (dtype is not None and dtype not in DTYPES):
-        raise UserError(f"format {format!r}, dtype {dtype!r}: allowed: {', '.join(FORMATS)}; {', '.join(DTYPES)}")
+        raise UserError(
+            f"format {format!r}, dtype {dtype!r}: allowed: {', '.join(FORMATS)}; {', '.join(DTYPES)}"
+        )
     if format == "sparse" and merge_adapters:
         raise UserError(
             "--merge-adapters: merging makes the weights dense, which --format sparse cannot hold; use "
@@ -190,13 +192,15 @@ class _Writer:
             result.notes.append("active adapters were merged: the weights of sparse layers are dense now")
         elif active and not self._sparse:
             result.notes.append(
-                "adapters are beside the model: ds_efficient.export.load_sparse applies them, from_pretrained "
-                "alone does not"
+                "adapters are beside the model: ds_efficient.export.load_sparse applies them, "
+                "from_pretrained alone does not"
             )
         elif self._adapters == "inactive":
             result.notes.append("adapters were left out: they did not take part yet, so outputs are the same")
         if self._dtype == torch.float32 and self._reader.arguments.precision != "fp32":
-            source = "the optimizer's fp32 copies" if self._reader.has_masters else "the half-precision weights"
+            source = (
+                "the optimizer's fp32 copies" if self._reader.has_masters else "the half-precision weights"
+            )
             result.notes.append(f"fp32 values come from {source}")
 
 

@@ -44,8 +44,8 @@ def load_sparse(model: nn.Module, folder: str | Path, *, backend: str = "auto") 
     cuSPARSELt where that runs and is faster, else by dense products.
 
     Args:
-        model: made from the folder's config.json, with ``AutoModelForCausalLM.from_config``, on any device; on
-            ``meta`` no dense weight is ever allocated, and tensors come to the CPU.
+        model: made from the folder's config.json, with ``AutoModelForCausalLM.from_config``, on any device;
+            on ``meta`` no dense weight is ever allocated, and tensors come to the CPU.
         folder: made by ``ds_efficient export hf --format sparse`` (or ``--separate-adapters``).
         backend: ``"auto"``, ``"cusparselt"`` or ``"dense"``, as of `SlopeLinear`.
 
@@ -69,8 +69,9 @@ def load_sparse(model: nn.Module, folder: str | Path, *, backend: str = "auto") 
                 _replace(model, layer, layers[layer], pending.pop(layer), backend)
     if pending:
         raise UserError(f"{folder}: tensors of {', '.join(sorted(pending)[:5])} are missing; export again")
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
     _make_buffers(model)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
@@ -89,7 +90,7 @@ def _tensors(folder: Path, files: list[str]) -> Iterator[tuple[str, Tensor]]:
             raise UserError(f"{path}: missing; export again")
         try:
             with safe_open(path, framework="pt") as stored:
-                for key in stored.keys():  # noqa: SIM118 (no mapping)
+                for key in stored.keys():
                     yield key, stored.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read ({error}); export again") from error
@@ -115,7 +116,9 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise UserError(f"{type(model).__name__} has no layer {name}; make it from the export's config.json") from None
+        raise UserError(
+            f"{type(model).__name__} has no layer {name}; make it from the export's config.json"
+        ) from None
 
 
 def _target(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
@@ -136,8 +139,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     module, leaf, old = _target(model, name)
     if old.shape != tensor.shape:
         raise UserError(
-            f"{name}: {tuple(tensor.shape)} in the export, {tuple(old.shape)} in {type(model).__name__}; make it "
-            "from the export's config.json"
+            f"{name}: {tuple(tensor.shape)} in the export, {tuple(old.shape)} in {type(model).__name__}; make "
+            "it from the export's config.json"
         )
     setattr(module, leaf, nn.Parameter(_place(old, tensor), requires_grad=False))
 
@@ -153,8 +156,8 @@ def _replace(
     shape = tuple(reversed(weight.shape)) if is_conv1d(old) else tuple(weight.shape)
     if shape != (layer["out_features"], layer["in_features"]):
         raise UserError(
-            f"{name}: {layer['out_features']} x {layer['in_features']} in the export, {shape[0]} x {shape[1]} in "
-            f"{type(model).__name__}; make it from the export's config.json"
+            f"{name}: {layer['out_features']} x {layer['in_features']} in the export, {shape[0]} x {shape[1]} "
+            f"in {type(model).__name__}; make it from the export's config.json"
         )
     parts = {part: _place(weight, tensor) for part, tensor in parts.items()}
     bias = parts.get(".bias")
@@ -182,8 +185,8 @@ def _make_buffers(model: nn.Module) -> None:
         wanted = inspect.signature(type(module).__init__).parameters
         if config is None or not set(wanted) & {"config"}:
             raise UserError(
-                f"{name}: its buffers {', '.join(lacking)} are on meta and cannot be made anew; make the model "
-                "on a real device"
+                f"{name}: its buffers {', '.join(lacking)} are on meta and cannot be made anew; make the "
+                "model on a real device"
             )
         more = {key: getattr(module, key) for key in ("layer_idx",) if key in wanted and hasattr(module, key)}
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # bytes, of every pointer passed
 SEARCH_ITERATIONS = 5  # runs of each algorithm in the library's search
+SEARCH_MINIMUM = 256  # rows, k and tokens from which on algorithms are searched
+SEARCH_WORKSPACE = 0  # bytes offered to the searched algorithms
+SEARCH_ON_STREAM = True
 
 _ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
 _ALPHA, _BETA = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)  # read on the host, by address
@@ -198,13 +201,13 @@ class Plan:
 
         Arguments as in `run`.
         """
-        if self.workspace:  # other algorithms may split along k and need room for partial sums
-            needed = self.workspace + 4 * self.shape.rows * self.shape.tokens
-            if needed > lane.size:
-                lane.reserve(needed)
+        needed = max(self.workspace, SEARCH_WORKSPACE)
+        if needed > lane.size:
+            lane.reserve(needed)
+        streams, count = (lane.streams, 1) if SEARCH_ON_STREAM else (0, 0)
         self._library.call(
             "cusparseLtMatmulSearch", self.shape.text, self._handle, self._address, _ALPHA, operand, x, _BETA,
-            y, y, lane.workspace if self.workspace else 0, lane.streams, 1,
+            y, y, lane.workspace if needed else 0, streams, count,
         )  # fmt: skip
         self.algorithm = Algorithm(*(self._read(attribute) for attribute in _SELECTED))
         self._read_workspace()
@@ -359,6 +362,8 @@ def search(shape: PlanShape, operand: int, x: int, y: int, lane: Lane) -> Algori
 
     Arguments as in `Plan.search`.
     """
+    if min(shape.rows, shape.k, shape.tokens) < SEARCH_MINIMUM:
+        return None
     plan = Plan(lt.load(), shape, iterations=SEARCH_ITERATIONS)
     try:
         return plan.search(operand, x, y, lane)

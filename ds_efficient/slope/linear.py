@@ -186,7 +186,8 @@ class SlopeLinear(nn.Module):
         ops.check_mask(mask, shape.in_features, n=n, m=m)
         if tuple(values.shape) != (mask.shape[0], shape.kept):
             raise UserError(
-                f"{name or 'layer'}: values {tuple(values.shape)}, {pattern} of a mask with {mask.shape[0]} rows"
+                f"{name or 'layer'}: values {tuple(values.shape)}; {pattern} with a mask of {mask.shape[0]} "
+                f"rows takes {(mask.shape[0], shape.kept)}"
             )
         layer.slope = SparseProduct(shape, mask, double_prune=False, backend=backend, name=name)
         layer.weight = nn.Parameter(values, requires_grad=False)

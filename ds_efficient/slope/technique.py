@@ -272,7 +272,8 @@ class SlopeTechnique(Technique[SlopeConfig]):
         summary = (
             f"{len(self.layers)} of {self._total_linears} linear layers sparse, {ran} ran, density "
             f"{density:.4f}, column pass takes {self._column_loss:.2%} of the squared norm, "
-            f"{sparse} of {len(chosen)} kinds of product on cuSPARSELt, adapters {adapters}"
+            f"{sparse} of {len(chosen)} kinds of product on cuSPARSELt, adapters {adapters}, "
+            f"weights with masks and operands {self._saved_bytes() / 2**20:,.1f} MiB smaller than dense"
         )
         counts = {
             "layers": len(self.layers),
@@ -283,6 +284,7 @@ class SlopeTechnique(Technique[SlopeConfig]):
             "sparse_kinds": sparse,
             "dense_kinds": chosen.count("dense"),
             "adapters_active": int(self.adapters_active),
+            "saved_bytes": self._saved_bytes(),
             "input_gradients": sum(product.input_gradients for _, _, product in self.layers),
         }
         return Evidence(ran > 0, summary, counts)

@@ -192,6 +192,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--save", default=None, metavar="DIR", help="folder of the checkpoints and of run.jsonl")
     add("--load", default=None, metavar="DIR", help="folder to resume from")
     add("--save-interval", type=int, default=None, help="steps between checkpoints")
+    add("--pretrained-checkpoint", default=None, metavar="DIR", help="start from its weights, at step 0")
     add("--ckpt-step", type=int, default=None, help="load this step instead of the latest")
     add("--no-load-optim", action="store_true", help="start with a new optimizer")
     add("--no-load-rng", action="store_true", help="do not restore random states")

@@ -133,9 +133,36 @@ def register_states(
     store.require_equal({"precision": settings.precision}, weights_only=False)
 
 
+def describe(engine: Any, args: argparse.Namespace, tokenizer: Any) -> None:
+    """Record with every checkpoint what an export needs besides the weights."""
+    config = engine.module.config
+    model = None if args.tokenizer_model is None else Path(args.tokenizer_model).resolve()
+    if model is not None and model.is_dir():
+        model = model / "tokenizer.json"
+    engine.ds_efficient.store.describe(
+        {
+            "max_position_embeddings": args.max_position_embeddings,
+            # megatron-core's fused kernel of bias and GELU computes the tanh approximation
+            "tanh_gelu": bool(config.bias_activation_fusion and not (args.swiglu or args.squared_relu)),
+            "tokenizer": {**tokenizer.identity(), "path": None if model is None else str(model)},
+        }
+    )
+
+
 def tag_of(step: int) -> str:
     """Return the folder name of a checkpoint."""
     return f"global_step{step}"
+
+
+def tag_to_load(args: argparse.Namespace) -> str | None:
+    """Return the checkpoint in ``--load`` that the run resumes from, or None where there is none.
+
+    Raises:
+        CheckpointError: ``latest`` there names what does not exist.
+    """
+    if args.load is None:
+        return None
+    return tag_of(args.ckpt_step) if args.ckpt_step is not None else latest_tag(Path(args.load))
 
 
 def load(
@@ -155,7 +182,7 @@ def load(
     if args.load is None:
         return False
     folder = Path(args.load)
-    tag = tag_of(args.ckpt_step) if args.ckpt_step is not None else latest_tag(folder)
+    tag = tag_to_load(args)
     if tag is None:
         if args.exit_on_missing_checkpoint or args.finetune or args.skip_train:
             raise CheckpointError(

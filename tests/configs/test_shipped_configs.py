@@ -47,7 +47,21 @@ def test_the_files_that_the_documentation_names_are_there():
         "zero1_fp16",
         "fused_bf16",
         "monitored",
+        "slope",
     }
+
+
+def test_one_key_of_the_quickstart_switches_slope_on():
+    content = json.loads((ROOT / "ds_configs" / "cpu_quickstart.json").read_text(encoding="utf-8"))
+    assert load_config(content).enabled() == []
+    content["slope"]["enabled"] = True
+    config = load_config(content)
+    assert [row.name for row in config.enabled()] == ["slope"]
+    assert config.warnings == []
+
+
+def test_the_slope_file_has_slope_alone_switched_on():
+    assert [row.name for row in load_config(ROOT / "ds_configs" / "slope.json").enabled()] == ["slope"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=by_name)

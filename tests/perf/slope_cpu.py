@@ -4,7 +4,7 @@
 
 A CPU has no sparse product: the layer multiplies by the sparse weight written out, so it costs the dense
 layer and what writing it out and compacting the gradient take. Writes ``slope_cpu_<processor>.csv``; times
-are medians in milliseconds, dense and sparse in turns. ``overhead`` is sparse over dense.
+are medians in milliseconds of processor time, dense and sparse in turns. ``overhead`` is sparse over dense.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(out: int, inputs: int, tokens: int, dtype: torch.dtype, blocks: int)
         },
         CPU,
         blocks=blocks,
-        repeat=3,
+        repeat=1,
     )
     return {
         "dtype": str(dtype).removeprefix("torch."), "shape": f"{out}x{inputs}", "tokens": tokens,
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--tokens", default="512,2048", help="separated by commas")
     parser.add_argument("--bf16-shapes", default="256x256,768x768", help="fewer: slow on most processors")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--blocks", type=int, default=5, help="turns of three passes")
+    parser.add_argument("--blocks", type=int, default=9, help="turns")
     parser.add_argument("--output", type=Path, default=DATA)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

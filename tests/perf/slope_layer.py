@@ -9,7 +9,8 @@ Writes ``slope_layer_<device name>.csv`` with one row a case. ``part``:
 - block: a pre-norm block of a GPT, one training pass with all four linears sparse
 - inference: the same block's forward pass under ``no_grad``
 - memory: parameter and gradient in bf16, fp32 master copy and Adam's moments after one step, with masks and
-  operands; on a GPU read from the allocator
+  operands; on a GPU read from the allocator. "memory, flat": the weight in a larger buffer, as DeepSpeed
+  keeps it, where the operand cannot be the weight's own memory
 
 Times are medians in milliseconds, dense and sparse in turns. For a trial without a GPU:
 ``--device cpu --shapes 64x64 --hidden 128 --tokens 128 --sequence 64``.
@@ -122,7 +123,8 @@ def choices(layer: SlopeLinear, x: Tensor) -> dict[str, str]:
         transposed, text = bool(key[0]), backend
         if backend == "cusparselt":
             rows, inner = layer.slope.operands.sizes(transposed)
-            tuned = cusparselt.tune(rows, inner, x.numel() // x.shape[-1], x.dtype, x.device)
+            tokens = 1 << (x.numel() // x.shape[-1] - 1).bit_length()  # as `Operands` rounds them
+            tuned = cusparselt.tune(rows, inner, tokens, x.dtype, x.device)
             text += f", tiles {tuned.tiles}, token splits {tuned.token_splits}"
         found["input_gradient_choice" if transposed else "forward_choice"] = text
     return found
@@ -151,10 +153,10 @@ def measure_parts(
     dense: nn.Linear, layer: SlopeLinear, x: Tensor, dy: Tensor, device: torch.device
 ) -> dict[str, float]:
     """Medians of the parts of a pass; the operands are written into tensors of the operands' sizes."""
-    product, shape, weight = layer.slope, layer.slope.shape, layer.weight.detach()
+    product, shape, weight = layer.slope, layer.slope.shape, layer.weight  # itself: its changes are followed
     plain = dense.weight.detach()
-    forward = weight.new_empty(shape.out_features, shape.in_features // 2)
-    backward = weight.new_empty(shape.in_features, shape.out_features // 2)
+    forward = plain.new_empty(shape.out_features, shape.in_features // 2)
+    backward = plain.new_empty(shape.in_features, shape.out_features // 2)
     pattern: dict[str, Any] = {"n": shape.n, "m": shape.m}
 
     def refresh() -> None:
@@ -244,15 +246,26 @@ class MixedAdamW:
 
 
 def hold_layer(
-    sparse: bool, out: int, inputs: int, x: Tensor, dy: Tensor
+    sparse: bool, out: int, inputs: int, x: Tensor, dy: Tensor, *, flat: bool
 ) -> tuple[int | None, dict[str, int]]:
-    """Build a layer, take one step with it; return the bytes the allocator holds for it, and the count."""
+    """Build a layer, take one step with it; return the bytes the allocator holds for it, and the count.
+
+    Args:
+        sparse: build a `SlopeLinear`.
+        out, inputs: its sizes.
+        x, dy: input and gradient of the output.
+        flat: put the weight into a larger buffer, as DeepSpeed does, which the sparse operand cannot share.
+    """
     device, cuda = x.device, x.is_cuda
     gc.collect()
     before = torch.cuda.memory_allocated(device) if cuda else 0
     dense = dense_linear(out, inputs, "memory", device, x.dtype)
     layer = SlopeLinear.from_linear(dense, key=KEY.fold("mask")) if sparse else dense
     del dense
+    if flat:
+        buffer = layer.weight.detach().new_empty(layer.weight.numel() + 128)
+        layer.weight.data = buffer[: layer.weight.numel()].view_as(layer.weight).copy_(layer.weight.detach())
+        del buffer
     adam = MixedAdamW(list(layer.parameters()))
     layer(x).backward(dy)
     adam.step()
@@ -273,29 +286,30 @@ def hold_layer(
 def measure_memory(
     out: int, inputs: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[dict[str, Any]]:
-    """Row of one layer's memory; what libraries hold for themselves is there before (first round)."""
+    """Rows of one layer's memory; what libraries hold for themselves is there before (first round)."""
     x = draw("x", tokens, inputs, like=device, dtype=dtype).requires_grad_()
     dy = draw("dy", tokens, out, like=device, dtype=dtype)
     for sparse in (False, True):
-        hold_layer(sparse, out, inputs, x, dy)
-    dense, dense_counted = hold_layer(False, out, inputs, x, dy)
-    slope, counted = hold_layer(True, out, inputs, x, dy)
-    dense_bytes = dense if dense is not None else sum(dense_counted.values())
-    slope_bytes = slope if slope is not None else sum(counted.values())
-    yield {
-        "part": "memory", "shape": f"{out}x{inputs}", "tokens": tokens,
-        "ratio": slope_bytes / dense_bytes, "dense_bytes": dense_bytes, "slope_bytes": slope_bytes,
-        "states_bytes": counted["states"], "masks_bytes": counted["masks"],
-        "operands_bytes": counted["operands"],
-        "states_and_masks_ratio": (counted["states"] + counted["masks"]) / sum(dense_counted.values()),
-        "measured": "allocator" if dense is not None else "counted",
-    }  # fmt: skip
+        hold_layer(sparse, out, inputs, x, dy, flat=False)
+    for flat in (False, True):
+        dense, dense_counted = hold_layer(False, out, inputs, x, dy, flat=flat)
+        slope, counted = hold_layer(True, out, inputs, x, dy, flat=flat)
+        dense_bytes = dense if dense is not None else sum(dense_counted.values())
+        slope_bytes = slope if slope is not None else sum(counted.values())
+        yield {
+            "part": "memory, flat" if flat else "memory", "shape": f"{out}x{inputs}", "tokens": tokens,
+            "ratio": slope_bytes / dense_bytes, "dense_bytes": dense_bytes, "slope_bytes": slope_bytes,
+            "states_bytes": counted["states"], "masks_bytes": counted["masks"],
+            "operands_bytes": counted["operands"],
+            "states_and_masks_ratio": (counted["states"] + counted["masks"]) / sum(dense_counted.values()),
+            "measured": "allocator" if dense is not None else "counted",
+        }  # fmt: skip
 
 
 def show(row: dict[str, Any]) -> None:
     """Print a row."""
-    head = f"{row['part']:>9} {row['shape']:<26}"
-    if row["part"] == "memory":
+    head = f"{row['part']:>12} {row['shape']:<26}"
+    if row["part"].startswith("memory"):
         print(
             f"{head} dense {row['dense_bytes'] / 2**20:.1f} MiB, slope {row['slope_bytes'] / 2**20:.1f} MiB "
             f"({row['measured']}), ratio {row['ratio']:.4f}; states and masks alone "
