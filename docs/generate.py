@@ -4,7 +4,7 @@
 
 configuration.md from the configuration models, parallelism.md from the rules that refuse a layout,
 megatron.md from the compatibility guard, arguments.md from the parser of pretrain_gpt.py, commands.md from
-the parser of the command line, measurements.md from the files in docs/results/data.
+the parser of the command line, measurements.md and SLoPe's tables and figures from docs/results/data.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import csv
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import slope_results
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -119,6 +121,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "arguments.md": arguments,
     "commands.md": commands,
     "measurements.md": measurements,
+    "slope_kernels.md": slope_results.kernels,
+    "slope_products.md": slope_results.products,
+    "slope_layers.md": slope_results.layers,
+    "slope_cpu.md": slope_results.on_the_cpu,
+    "slope_quality.md": slope_results.quality,
 }
 
 
@@ -131,7 +138,7 @@ def write_all(folder: Path) -> list[Path]:
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
         written.append(path)
-    return written
+    return [*written, *slope_results.figures(folder)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parallel = processes.start_model_parallel(args)
 
     # Model and engine.
-    from pretraining.model import build_model, parameter_groups
-    from pretraining.pretrained import fill_from, open_pretrained
+    from pretraining.model import parameter_groups
+    from pretraining.pretrained import build_with_weights
     from pretraining.schedule import LRScheduler, schedule_from
 
     import ds_efficient
@@ -68,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     vocab_size = padded_vocab_size(
         tokenizer.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
     )
-    pretrained = open_pretrained(args, vocab_size, tokenizer)
-    model = build_model(args, settings, vocab_size, efficiency)
-    if pretrained is not None:
-        fill_from(pretrained, model)
+    model = build_with_weights(args, settings, vocab_size, efficiency, tokenizer)
     optimizer_params = settings.deepspeed["optimizer"]["params"]
     schedule = None
     if settings.own_schedule and not args.skip_train:
@@ -91,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = setup.Data(args, settings, tokenizer, parallel)
     progress = checkpoints.Progress()
     order = checkpoints.DataOrder(data.datasets.identity, data.datasets.changes_since)
-    checkpoints.register_states(engine, args, settings, vocab_size, progress, order)
-    checkpoints.describe(engine, args, tokenizer)
+    checkpoints.register_states(engine, args, settings, vocab_size, tokenizer, progress, order)
     resumed = checkpoints.load(engine, args, settings, progress, order)
     log = setup.open_run_log(args) if rank == 0 else None
     setup.announce(args, settings, engine, vocab_size, progress, log, resumed)

@@ -217,6 +217,7 @@ def fake_library(monkeypatch: pytest.MonkeyPatch, tmp_path) -> FakeLt:
     """The package with a fake library, and a cache file of its own."""
     made = FakeLt()
     install(monkeypatch, made, tmp_path / "tuning.json")
+    monkeypatch.setattr(plans, "SEARCH_MINIMUM", 1)
     return made
 
 

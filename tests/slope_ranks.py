@@ -224,3 +224,19 @@ def loss_at(folder: str, stage: int, first: int) -> float:
     engine.load_checkpoint(folder, tag=f"global_step{first}")
     with torch.no_grad():
         return float(engine(batch(first, 0)))
+
+
+def overflow(stage: int) -> dict[str, Any]:
+    """Train in fp16 from a loss scale that overflows at first, past the adapters' start."""
+    scale = {"enabled": True, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 1000}
+    # DeepSpeed refuses fp16 on a CPU, where it is slow but right.
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True):
+        engine = build(stage, fp16=scale)
+    found: dict[str, Any] = {"weights": [snapshot(engine)], "applied": [], "losses": []}
+    for number in range(2 * STEPS):
+        found["losses"].append(step(engine, number))
+        found["applied"].append(bool(engine.was_step_applied()))
+        found["weights"].append(snapshot(engine))
+    return {**found, "metrics": dict(engine.ds_efficient.metrics["slope"])}

@@ -1,7 +1,7 @@
 """Hugging Face architectures that compute what megatron-core's GPTModel does, and how its tensors map to it.
 
-- Rotary positions, RMSNorm and SwiGLU: Llama; with a bias on queries, keys and values alone: Qwen2; with norms
-  on queries and keys: Qwen3.
+- Rotary positions, RMSNorm and SwiGLU: Llama; with a bias on queries, keys and values alone: Qwen2; with
+  norms on queries and keys: Qwen3.
 - Learned positions, LayerNorm, GELU and biases: GPT-2, whose linear layers (``Conv1D``) keep weights as
   (in, out).
 

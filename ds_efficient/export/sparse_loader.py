@@ -139,8 +139,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     module, leaf, old = _target(model, name)
     if old.shape != tensor.shape:
         raise UserError(
-            f"{name}: {tuple(tensor.shape)} in the export, {tuple(old.shape)} in {type(model).__name__}; make "
-            "it from the export's config.json"
+            f"{name}: {tuple(tensor.shape)} in the export, {tuple(old.shape)} in {type(model).__name__}; "
+            "make it from the export's config.json"
         )
     setattr(module, leaf, nn.Parameter(_place(old, tensor), requires_grad=False))
 
@@ -156,8 +156,8 @@ def _replace(
     shape = tuple(reversed(weight.shape)) if is_conv1d(old) else tuple(weight.shape)
     if shape != (layer["out_features"], layer["in_features"]):
         raise UserError(
-            f"{name}: {layer['out_features']} x {layer['in_features']} in the export, {shape[0]} x {shape[1]} "
-            f"in {type(model).__name__}; make it from the export's config.json"
+            f"{name}: {layer['out_features']} x {layer['in_features']} in the export, {shape[0]} x "
+            f"{shape[1]} in {type(model).__name__}; make it from the export's config.json"
         )
     parts = {part: _place(weight, tensor) for part, tensor in parts.items()}
     bias = parts.get(".bias")

@@ -24,9 +24,10 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # bytes, of every pointer passed
 SEARCH_ITERATIONS = 5  # runs of each algorithm in the library's search
-SEARCH_MINIMUM = 256  # rows, k and tokens from which on algorithms are searched
-SEARCH_WORKSPACE = 0  # bytes offered to the searched algorithms
-SEARCH_ON_STREAM = True
+SEARCH_MINIMUM = 256  # rows, k and tokens from which on a search is worth its time
+# With float16, the search of version 0.8.0 on an H100 runs a kernel that ends in an illegal instruction, after
+# which the process cannot use the GPU any more; there the library's default algorithm is used.
+SEARCHED_DTYPES = (torch.bfloat16,)
 
 _ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
 _ALPHA, _BETA = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)  # read on the host, by address
@@ -201,13 +202,11 @@ class Plan:
 
         Arguments as in `run`.
         """
-        needed = max(self.workspace, SEARCH_WORKSPACE)
-        if needed > lane.size:
-            lane.reserve(needed)
-        streams, count = (lane.streams, 1) if SEARCH_ON_STREAM else (0, 0)
+        if self.workspace > lane.size:
+            lane.reserve(self.workspace)
         self._library.call(
             "cusparseLtMatmulSearch", self.shape.text, self._handle, self._address, _ALPHA, operand, x, _BETA,
-            y, y, lane.workspace if needed else 0, streams, count,
+            y, y, lane.workspace, lane.streams, 1,
         )  # fmt: skip
         self.algorithm = Algorithm(*(self._read(attribute) for attribute in _SELECTED))
         self._read_workspace()
@@ -358,11 +357,12 @@ def create_plan(shape: PlanShape, algorithm: Algorithm | None) -> Plan:
 
 
 def search(shape: PlanShape, operand: int, x: int, y: int, lane: Lane) -> Algorithm | None:
-    """The library's fastest algorithm for a shape, or None where its search fails (which is logged).
+    """The library's fastest algorithm for a shape, or None for its default: where it is not searched (see
+    `SEARCHED_DTYPES`), or the search fails (which is logged).
 
     Arguments as in `Plan.search`.
     """
-    if min(shape.rows, shape.k, shape.tokens) < SEARCH_MINIMUM:
+    if shape.dtype not in SEARCHED_DTYPES or min(shape.rows, shape.k, shape.tokens) < SEARCH_MINIMUM:
         return None
     plan = Plan(lt.load(), shape, iterations=SEARCH_ITERATIONS)
     try:

@@ -135,13 +135,13 @@ def decompress(
     """
     _check_values(values, forward_mask, backward_mask, in_features, n, m, backend)
     if out is None:
-        return torch.ops.ds_efficient.slope_decompress(
-            values, forward_mask, backward_mask, in_features, n, m, backend
-        )
+        run = operators.decompress if _is_plain(values) else torch.ops.ds_efficient.slope_decompress
+        return run(values, forward_mask, backward_mask, in_features, n, m, backend)
     _check_out(out, values)
     if tuple(out.shape) != (values.shape[0], in_features):
         raise UserError(f"out has shape {tuple(out.shape)}; expected {(values.shape[0], in_features)}")
-    torch.ops.ds_efficient.slope_decompress_into(values, forward_mask, backward_mask, out, n, m, backend)
+    into = operators.decompress_into if _is_plain(values) else torch.ops.ds_efficient.slope_decompress_into
+    into(values, forward_mask, backward_mask, out, n, m, backend)
     return out
 
 
@@ -163,7 +163,8 @@ def compress(dense: Tensor, forward_mask: Tensor, *, n: int, m: int, backend: st
     out, columns = dense.shape
     _check_pattern(n, m, columns)
     _check_mask_shape("forward_mask", forward_mask, out, columns, dense.device)
-    return torch.ops.ds_efficient.slope_compress(dense, forward_mask, n, m, backend)
+    run = operators.compress if _is_plain(dense) else torch.ops.ds_efficient.slope_compress
+    return run(dense, forward_mask, n, m, backend)
 
 
 def select_columns(
@@ -245,9 +246,8 @@ def write_operand(
             f"out has shape {tuple(out.shape)} with first_row={first_row}; expected (rows, {columns // 2}) "
             f"with first_row >= 0 and first_row + rows <= {rows}"
         )
-    torch.ops.ds_efficient.slope_write_operand(
-        values, forward_mask, backward_mask, out, in_features, n, m, first_row, backend
-    )
+    run = operators.write_operand if _is_plain(values) else torch.ops.ds_efficient.slope_write_operand
+    run(values, forward_mask, backward_mask, out, in_features, n, m, first_row, backend)
 
 
 def operand_pattern(
@@ -276,6 +276,15 @@ def operand_pattern(
     if length % 4:
         raise UserError(f"{name}={length}; a 2:4 operand needs a multiple of 4")
     return torch.ops.ds_efficient.slope_operand_pattern(mask, in_features, dtype, transposed, backend)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether nobody needs to see an operator, whose dispatch costs ten microseconds in each step."""
+    return (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def _check_backend(backend: str) -> None:

@@ -16,6 +16,10 @@ from ds_efficient.ops.slope_reference import FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
 
+# Ten times as fast as torch.cuda's functions, where this torch has them.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
 _ONE = {torch.float16: 0x3C00, torch.bfloat16: 0x3F80, torch.float32: 0x3F800000}
 _INT64, _INT, _UINT32, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p
 _SIGNATURES = {
@@ -110,8 +114,12 @@ class Library:
     def _call(self, name: str, out: Tensor, *arguments: int) -> Tensor:
         function = self._functions[name]
         if self._cuda:
-            with torch.cuda.device(out.device):
-                status = function(*arguments, out.device.index, torch.cuda.current_stream().cuda_stream)
+            index = out.get_device()
+            if _current_device is not None and _raw_stream is not None and _current_device() == index:
+                status = function(*arguments, index, _raw_stream(index))
+            else:
+                with torch.cuda.device(index):
+                    status = function(*arguments, index, torch.cuda.current_stream().cuda_stream)
             if status:
                 reason = self._library.ds_efficient_cuda_error(status).decode()
                 raise RuntimeError(f"slope: {name} on {out.device}: CUDA error {status}: {reason}")

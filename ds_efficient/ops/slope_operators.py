@@ -16,9 +16,10 @@ def _unpack_mask_fake(packed: Tensor, columns: int) -> Tensor:
     return packed.new_empty(packed.shape[0], columns, dtype=torch.bool)
 
 
-def _decompress(
+def decompress(
     values: Tensor, forward: Tensor, backward: Tensor | None, columns: int, n: int, m: int, backend: str
 ) -> Tensor:
+    """Run `ds_efficient.ops.slope.decompress`, arguments checked."""
     library = native.select(values.device, backend)
     if library is None:
         return reference.decompress(values, forward, columns, backward)
@@ -31,9 +32,10 @@ def _decompress_fake(
     return values.new_empty(values.shape[0], columns)
 
 
-def _decompress_into(
+def decompress_into(
     values: Tensor, forward: Tensor, backward: Tensor | None, out: Tensor, n: int, m: int, backend: str
 ) -> None:
+    """The same into a given tensor."""
     library = native.select(values.device, backend)
     if library is None:
         out.copy_(reference.decompress(values, forward, out.shape[1], backward))
@@ -47,7 +49,8 @@ def _decompress_into_fake(
     return None
 
 
-def _compress(dense: Tensor, forward: Tensor, n: int, m: int, backend: str) -> Tensor:
+def compress(dense: Tensor, forward: Tensor, n: int, m: int, backend: str) -> Tensor:
+    """Run `ds_efficient.ops.slope.compress`, arguments checked."""
     library = native.select(dense.device, backend)
     if library is None:
         return reference.compress(dense, forward, n, m)
@@ -71,7 +74,7 @@ def _select_columns_fake(
     return torch.empty_like(forward)
 
 
-def _write_operand(
+def write_operand(
     values: Tensor,
     forward: Tensor,
     backward: Tensor | None,
@@ -82,6 +85,7 @@ def _write_operand(
     first_row: int,
     backend: str,
 ) -> None:
+    """Run `ds_efficient.ops.slope.write_operand`, arguments checked."""
     library = native.select(values.device, backend)
     if library is None:
         out.copy_(reference.operand(values, forward, columns, backward, first_row, out.shape[0]))
@@ -140,19 +144,19 @@ def _register() -> torch.library.Library:
         (
             "decompress",
             f"(Tensor values, {masks}, SymInt in_features, {pattern}, str backend) -> Tensor",
-            _decompress,
+            decompress,
             _decompress_fake,
         ),
         (
             "decompress_into",
             f"(Tensor values, {masks}, Tensor(a!) out, {pattern}, str backend) -> ()",
-            _decompress_into,
+            decompress_into,
             _decompress_into_fake,
         ),
         (
             "compress",
             f"(Tensor dense, Tensor forward_mask, {pattern}, str backend) -> Tensor",
-            _compress,
+            compress,
             _compress_fake,
         ),
         (
@@ -165,7 +169,7 @@ def _register() -> torch.library.Library:
             "write_operand",
             f"(Tensor values, {masks}, Tensor(a!) out, SymInt in_features, {pattern}, SymInt first_row, "
             "str backend) -> ()",
-            _write_operand,
+            write_operand,
             _write_operand_fake,
         ),
         (

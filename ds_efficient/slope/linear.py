@@ -179,6 +179,8 @@ class SlopeLinear(nn.Module):
             n, m = parse_pattern(pattern)
         except ValueError as error:
             raise UserError(f"pattern={pattern!r}: {error}") from None
+        if backend not in BACKENDS:
+            raise UserError(f"backend={backend!r} is not known; allowed: {', '.join(BACKENDS)}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = values.shape[0], values.shape[1] * m // n

@@ -62,7 +62,7 @@ def random_mask(
 def _row_chunks(rows: Sequence[tuple[int, int]], groups: int) -> Iterator[tuple[int, int]]:
     step = max(1, _CHUNK // max(1, groups))
     for first, end in rows:
-        for start in range(first, end, step):
+        for start in range(first, max(end, first + 1), step):  # an empty range too: its mask has no rows
             yield start, min(start + step, end)
 
 

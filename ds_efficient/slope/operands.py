@@ -8,6 +8,7 @@ the metadata only after a new column mask.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -176,25 +177,45 @@ class Operands:
             mask: packed forward mask.
             column_mask: packed mask of the double-pruned weight for the backward product.
         """
-        # What is built here outlives the call, and tensors of inference mode cannot be trained.
-        with torch.inference_mode(False), torch.no_grad():
-            built = self._current(x, weight, mask, column_mask)
-            operand = built.operand
-            if column_mask is not None or not _is_shared(operand, weight):
-                version = (self._weight_version, *_identity(weight))
-                if built.values != version or not self._sees_changes(weight):
-                    self._write_values(operand, weight, mask, column_mask)
+        transposed = column_mask is not None
+        built = self._built.get(transposed)
+        chosen = mask if column_mask is None else column_mask
+        pattern = (self._pattern_version if transposed else 0, *_identity(chosen))
+        version = (self._weight_version, *_identity(weight))
+        if built is None or not self._is_current(built, x, weight, pattern, version, transposed):
+            # What is built here outlives the call, and tensors of inference mode cannot be trained.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                built = self._renewed(x, weight, chosen, pattern, transposed)
+                if transposed or not _is_shared(built.operand, weight):
+                    self._write_values(built.operand, weight, mask, column_mask)
                     built.values = version
-                if column_mask is None and self._can_share(operand, weight):
-                    weight.data = operand.tile_values[0][1]
-        result = cusparselt.multiply(operand, x)
+                    if not transposed and self._can_share(built.operand, weight):
+                        weight.data = built.operand.tile_values[0][1]
+        result = cusparselt.multiply(built.operand, x)
         if hasattr(weight, "ds_id"):  # ZeRO-3: the weight is whole only while the layer runs, so is this
-            built.metadata, built.held, built.values = operand.packed_metadata(), None, None
+            built.metadata, built.held, built.values = built.operand.packed_metadata(), None, None
         return result
 
-    def _current(self, x: Tensor, weight: Tensor, mask: Tensor, column_mask: Tensor | None) -> _Built:
-        """Return the operand for this dtype and device, with the metadata of the mask."""
-        transposed = column_mask is not None
+    def _is_current(
+        self,
+        built: _Built,
+        x: Tensor,
+        weight: Tensor,
+        pattern: tuple[int, ...],
+        version: tuple[int, ...],
+        transposed: bool,
+    ) -> bool:
+        """Whether an operand can be used as it is."""
+        if built.held is None or built.place != (x.device, x.dtype) or built.pattern != pattern:
+            return False
+        if not transposed and _is_shared(built.held, weight):
+            return True
+        return built.values == version and self._sees_changes(weight)
+
+    def _renewed(
+        self, x: Tensor, weight: Tensor, chosen: Tensor, pattern: tuple[int, ...], transposed: bool
+    ) -> _Built:
+        """Return the operand for this dtype and device, with the metadata of the mask `chosen`."""
         rows, inner = self.sizes(transposed)
         place = (x.device, x.dtype)
         built = self._built.get(transposed)
@@ -205,8 +226,6 @@ class Operands:
         elif built.held is None:
             assert built.metadata is not None
             built.held = cusparselt.SparseOperand.from_metadata(built.metadata, rows, inner, dtype=x.dtype)
-        chosen = mask if column_mask is None else column_mask
-        pattern = (self._pattern_version if transposed else 0, *_identity(chosen))
         if built.pattern != pattern:
             # Setting a pattern overwrites the values, which may be the weight itself.
             kept = weight.clone() if not transposed and _is_shared(built.operand, weight) else None

@@ -121,6 +121,7 @@ def register_states(
     args: argparse.Namespace,
     settings: Settings,
     vocab_size: int,
+    tokenizer: Any,
     progress: Progress,
     data_order: DataOrder,
 ) -> None:
@@ -131,22 +132,21 @@ def register_states(
     store.register("random", random_state, restore_random_state, each_rank=True)
     store.require_equal(model_facts(args, vocab_size))
     store.require_equal({"precision": settings.precision}, weights_only=False)
+    store.describe(_description(engine, args, tokenizer))
 
 
-def describe(engine: Any, args: argparse.Namespace, tokenizer: Any) -> None:
-    """Record with every checkpoint what an export needs besides the weights."""
+def _description(engine: Any, args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """Return what an export needs besides the weights and `model_facts`."""
     config = engine.module.config
     model = None if args.tokenizer_model is None else Path(args.tokenizer_model).resolve()
     if model is not None and model.is_dir():
         model = model / "tokenizer.json"
-    engine.ds_efficient.store.describe(
-        {
-            "max_position_embeddings": args.max_position_embeddings,
-            # megatron-core's fused kernel of bias and GELU computes the tanh approximation
-            "tanh_gelu": bool(config.bias_activation_fusion and not (args.swiglu or args.squared_relu)),
-            "tokenizer": {**tokenizer.identity(), "path": None if model is None else str(model)},
-        }
-    )
+    return {
+        "max_position_embeddings": args.max_position_embeddings,
+        # megatron-core's fused kernel of bias and GELU computes the tanh approximation
+        "tanh_gelu": bool(config.bias_activation_fusion and not (args.swiglu or args.squared_relu)),
+        "tokenizer": {**tokenizer.identity(), "path": None if model is None else str(model)},
+    }
 
 
 def tag_of(step: int) -> str:

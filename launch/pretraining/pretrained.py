@@ -11,12 +11,36 @@ import torch
 
 from ds_efficient.errors import CheckpointError
 from ds_efficient.export.checkpoint_reader import CheckpointReader, plain_name
+from pretraining import model
 from pretraining.checkpoints import model_facts, tag_to_load
+from pretraining.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 _FLAG = "--pretrained-checkpoint"
 _VOCABULARY = "padded vocabulary size"
+
+
+def build_with_weights(
+    args: argparse.Namespace, settings: Settings, vocab_size: int, efficiency: Any, tokenizer: Any
+) -> Any:
+    """Return this rank's part of the model, with initial weights or those of ``--pretrained-checkpoint``.
+
+    Args:
+        args: command line.
+        settings: reconciled settings.
+        vocab_size: padded vocabulary size.
+        efficiency: EfficiencyConfig of the run.
+        tokenizer: of the run.
+
+    Raises:
+        CheckpointError: as `open_pretrained`; before anything is allocated.
+    """
+    reader = open_pretrained(args, vocab_size, tokenizer)
+    built = model.build_model(args, settings, vocab_size, efficiency)
+    if reader is not None:
+        fill_from(reader, built)
+    return built
 
 
 def open_pretrained(args: argparse.Namespace, vocab_size: int, tokenizer: Any) -> CheckpointReader | None:
@@ -63,14 +87,14 @@ def open_pretrained(args: argparse.Namespace, vocab_size: int, tokenizer: Any) -
 
 
 @torch.no_grad()
-def fill_from(reader: CheckpointReader, model: Any) -> None:
-    """Copy this rank's part of every weight into `model`, in place; collective only in that all ranks do it.
+def fill_from(reader: CheckpointReader, gpt: Any) -> None:
+    """Copy this rank's part of every weight into `gpt`, in place; every rank reads for itself.
 
     Where the vocabulary is padded otherwise, rows that the checkpoint lacks keep their initial values.
 
     Args:
         reader: of the checkpoint.
-        model: GPTModel of this rank, no technique applied.
+        gpt: GPTModel of this rank, no technique applied.
 
     Raises:
         CheckpointError: a parameter is not in the checkpoint, or has another shape there.
@@ -79,12 +103,12 @@ def fill_from(reader: CheckpointReader, model: Any) -> None:
 
     from megatron_patches.initialization import global_name
 
-    layers = model.decoder.layers
+    layers = gpt.decoder.layers
     offset = layers[0].layer_number - 1 if len(layers) else 0
-    tied = bool(model.share_embeddings_and_output_weights)
+    tied = bool(gpt.share_embeddings_and_output_weights)
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in model.named_parameters():
+    for name, parameter in gpt.named_parameters():
         whole = reader.tensor(plain_name(global_name(name, offset, tied=tied)))
         cut = size if getattr(parameter, "tensor_model_parallel", False) else 1
         axis = getattr(parameter, "partition_dim", 0) if cut > 1 else 0

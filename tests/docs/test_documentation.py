@@ -156,7 +156,10 @@ def test_json_examples_are_valid_configurations() -> None:
     from ds_efficient import load_config
 
     checked = 0
-    for page in (ROOT / "README.md", *(DOCS / f"{n}.md" for n in ("configuration", "training", "any_model"))):
+    for page in (
+        ROOT / "README.md",
+        *(DOCS / f"{n}.md" for n in ("configuration", "training", "any_model", "techniques/slope")),
+    ):
         for block in blocks(page, "json"):
             assert not load_config(json.loads(block)).warnings
             checked += 1

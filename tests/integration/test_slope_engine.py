@@ -190,6 +190,21 @@ def test_a_network_that_never_calls_its_sparse_layers_is_stopped(ranks: Ranks) -
     assert first.startswith("2: ") and "slope: 2 of 3 linear layers sparse, 0 ran" in first
 
 
+def test_steps_that_fp16_skips_change_nothing_and_adapters_start_on_time(ranks: Ranks) -> None:
+    run = ranks(2).run("slope_ranks:overflow", 1)[0]
+    weights, applied = run["weights"], run["applied"]
+    assert applied[:2] == [False, False] and all(applied[START:]), applied
+    for number, done in enumerate(applied):
+        before, after = weights[number], weights[number + 1]
+        same = all(before[name].tobytes() == after[name].tobytes() for name in before)
+        assert same != done, number
+    up = "fc2.slope.adapter_up"
+    assert not any(found[up].any() for found in weights[: START + 1])
+    assert np.abs(weights[START + 1][up]).max() == pytest.approx(LR, rel=5e-3)
+    assert np.isfinite(run["losses"]).all() and run["losses"][-1] < run["losses"][0]
+    assert run["metrics"]["adapters_active"] == 1
+
+
 @pytest.fixture(scope="module")
 def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Any]:
     """Return folder and results of `save_and_resume` on two ranks; each runs once."""
@@ -258,7 +273,7 @@ def test_the_counter_of_adam_restarts_for_one_group_alone() -> None:
     assert bool((weight.detach() * signs > 3 * LR).all())  # 0.1 / sqrt(0.001) without the correction
 
 
-@pytest.mark.parametrize(("stage", "arguments"), [(1, ""), (3, "--tensor-model-parallel-size 2")])
+@pytest.mark.parametrize(("stage", "arguments"), [(1, "--tensor-model-parallel-size 2"), (3, "")])
 def test_a_killed_run_of_the_script_goes_on_exactly_past_the_start_of_the_adapters(
     ranks: Ranks, tmp_path: Path, stage: int, arguments: str
 ) -> None:

@@ -249,3 +249,10 @@ def test_a_layer_holds_its_kept_values_and_one_bit_for_each_place_and_mask(doubl
     # Compact values, gradients, masters and moments with both masks stay below the paper's share.
     training = (2 + 2 + 4 + 8) * dense // 2 + masks
     assert training / ((2 + 2 + 4 + 8) * dense) < 0.637
+
+
+def test_a_layer_without_outputs_has_a_mask_without_rows() -> None:
+    assert drawn(Key(1), 0, 32, 2, 4).shape == drawn(Key(1), 0, 64, 16, 32)[:, :32].shape == (0, 32)
+    for kind in ("random", "magnitude"):
+        y = layer_of(2, 4, 0, 32, 1, mask=kind)(torch.ones(3, 32))
+        assert y.shape == (3, 0)

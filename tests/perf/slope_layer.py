@@ -5,7 +5,8 @@
 Writes ``slope_layer_<device name>.csv`` with one row a case. ``part``:
 
 - layer: ``nn.Linear`` without bias, forward and both gradients, against `SlopeLinear` with both operands
-  written anew for each pass, as after an optimizer step; and the parts of it, each by itself
+  written anew for each pass, as after an optimizer step; and the parts of it, each by itself. Weights lie in
+  larger buffers, as DeepSpeed keeps them
 - block: a pre-norm block of a GPT, one training pass with all four linears sparse
 - inference: the same block's forward pass under ``no_grad``
 - memory: parameter and gradient in bf16, fp32 master copy and Adam's moments after one step, with masks and
@@ -57,6 +58,28 @@ def dense_linear(out: int, inputs: int, name: str, device: torch.device, dtype: 
     return layer
 
 
+def sparse_layer(dense: nn.Linear, name: str, *, flat: bool = True) -> SlopeLinear:
+    """A sparse layer from a dense one.
+
+    Args:
+        dense: the layer.
+        name: of its mask.
+        flat: keep the weight where DeepSpeed keeps it, in a larger buffer whose changes it is told of.
+    """
+    layer = SlopeLinear.from_linear(dense, key=KEY.fold("mask", name))
+    if flat:
+        move_to_buffer(layer)
+        layer.slope.operands.managed = True
+    return layer
+
+
+def move_to_buffer(layer: nn.Module) -> None:
+    """Move a layer's weight into a buffer that is larger than it."""
+    weight = layer.get_parameter("weight")
+    buffer = weight.detach().new_empty(weight.numel() + 128)
+    weight.data = buffer[: weight.numel()].view_as(weight).copy_(weight.detach())
+
+
 class Block(nn.Module):
     """A pre-norm block of a GPT: causal attention, and a feed-forward part with tanh-GELU.
 
@@ -79,7 +102,7 @@ class Block(nn.Module):
         """Replace the four linears; returns the new ones."""
         layers = []
         for name in ("qkv", "proj", "fc1", "fc2"):
-            layers.append(SlopeLinear.from_linear(getattr(self, name), key=KEY.fold("mask", name)))
+            layers.append(sparse_layer(getattr(self, name), name))
             setattr(self, name, layers[-1])
         return layers
 
@@ -135,7 +158,7 @@ def measure_layer(
 ) -> Iterator[dict[str, Any]]:
     """Row of one linear layer."""
     dense = dense_linear(out, inputs, f"{out}x{inputs}", device, dtype)
-    layer = SlopeLinear.from_linear(dense, key=KEY.fold("mask"))
+    layer = sparse_layer(dense, "layer")
     x = draw("x", tokens, inputs, like=device, dtype=dtype).requires_grad_()
     dy = draw("dy", tokens, out, like=device, dtype=dtype)
     whole = medians_in_turns(
@@ -260,12 +283,10 @@ def hold_layer(
     gc.collect()
     before = torch.cuda.memory_allocated(device) if cuda else 0
     dense = dense_linear(out, inputs, "memory", device, x.dtype)
-    layer = SlopeLinear.from_linear(dense, key=KEY.fold("mask")) if sparse else dense
-    del dense
     if flat:
-        buffer = layer.weight.detach().new_empty(layer.weight.numel() + 128)
-        layer.weight.data = buffer[: layer.weight.numel()].view_as(layer.weight).copy_(layer.weight.detach())
-        del buffer
+        move_to_buffer(dense)
+    layer = sparse_layer(dense, "memory", flat=flat) if sparse else dense
+    del dense
     adam = MixedAdamW(list(layer.parameters()))
     layer(x).backward(dy)
     adam.step()

@@ -125,6 +125,17 @@ def test_search_on_the_second_product_and_its_result_is_used_by_the_next_process
     assert {k: fake.described[plan._selection.address][k] for k in fakes.FOUND} == fakes.FOUND
 
 
+@pytest.mark.parametrize(
+    ("rows", "dtype", "minimum"), [(32, torch.float16, 1), (64, torch.bfloat16, 65), (64, torch.float16, 65)]
+)
+def test_default_algorithm_where_a_search_is_unsafe_or_not_worth_it(fake, monkeypatch, rows, dtype, minimum):
+    monkeypatch.setattr(plans, "SEARCH_MINIMUM", minimum)
+    operand, pattern = make(rows, 64, dtype=dtype)
+    for _ in range(4):
+        check(operand, pattern, 16)
+    assert fake.calls["cusparseLtMatmulSearch"] == 0
+
+
 def test_algorithm_that_the_library_no_longer_knows_is_searched_again(fake, monkeypatch, caplog):
     operand, pattern = make(32, 64)
     shape = operand.layout.tile_shape(16)

@@ -108,11 +108,18 @@ def candidate(tiles, splits, milliseconds):
     return tuning.Candidate(tiles, splits, milliseconds, shape, None)
 
 
-def test_plainer_way_wins_unless_another_is_two_per_cent_faster():
-    plain, tiled, split = candidate(1, 1, 1.0), candidate(2, 1, 0.985), candidate(2, 2, 0.97)
-    assert tuning.plainest([tiled, plain]) == plain
-    assert tuning.plainest([plain, tiled, split]) == tiled
+def test_plainer_way_wins_unless_another_is_faster_by_a_margin():
+    plain, split, tiled, both = (
+        candidate(1, 1, 1.0),
+        candidate(1, 2, 0.97),
+        candidate(2, 1, 0.93),
+        candidate(2, 2, 0.915),
+    )
+    assert tuning.plainest([candidate(1, 2, 0.985), plain]) == plain
     assert tuning.plainest([plain, split]) == split
+    assert tuning.plainest([plain, split, candidate(2, 1, 0.95)]) == split, "tiles must gain 6 %"
+    assert tuning.plainest([plain, tiled]) == tiled
+    assert tuning.plainest([plain, tiled, both]) == tiled
     assert tuning.plainest([candidate(1, 2, 1.0), candidate(2, 1, 1.0)]).tiles == 2
 
 

@@ -1,0 +1,103 @@
+"""Tables and figures of SLoPe's measurements follow the CSV files."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from house_rules import ROOT
+
+COMMON = {"device": "Some GPU", "torch": "2.0", "cuda": "13.0", "python": "3.12", "commit": "abc",
+          "command": "python x.py"}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module, reading from an empty folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    module = importlib.import_module("slope_results")
+    monkeypatch.setattr(module, "DATA", tmp_path)
+    yield module
+    sys.modules.pop("slope_results", None)
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    with open(folder / f"{name}_Some_GPU.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*fields, *COMMON])
+        writer.writeheader()
+        writer.writerows({**row, **COMMON} for row in rows)
+
+
+@pytest.mark.parametrize("part", ["kernels", "products", "layers", "on_the_cpu", "quality"])
+def test_what_is_not_measured_yet_says_so(results: ModuleType, part: str, tmp_path: Path) -> None:
+    assert getattr(results, part)() == "Not measured yet.\n"
+    assert results.figures(tmp_path) == []
+
+
+def test_kernels_and_products_show_their_numbers(results: ModuleType, tmp_path: Path) -> None:
+    kernel = {"op": "compress", "pattern": "2:4", "dtype": "bfloat16", "shape": "64x32",
+              "milliseconds": 0.01234, "gigabytes_per_second": 1234.4, "fraction_of_floor": 0.876,
+              "reference_milliseconds": 1.5, "gather_milliseconds": ""}  # fmt: skip
+    write(tmp_path, "slope_kernels", [kernel])
+    assert "| compress | 2:4 | bfloat16 | 64x32 | 0.0123 | 1234 | 87.6% | 1.500 | - |" in results.kernels()
+    product = {"op": "forward", "rows": 64, "k": 32, "tokens": 128, "dense_milliseconds": 2.0,
+               "bare_milliseconds": 1.0, "milliseconds": 1.25, "speedup": 1.6, "over_bare": 1.25,
+               "choice": "cusparselt", "tiles": 1, "token_splits": 2}  # fmt: skip
+    write(tmp_path, "slope_gemm", [product])
+    assert "| 1.60x | 1.250 | cusparselt | 1, 2 |" in results.products()
+    assert "Some GPU, torch 2.0, cuda 13.0, python 3.12, commit abc; `python x.py`." in results.products()
+
+
+def test_layers_show_ratios_parts_memory_and_a_figure(results: ModuleType, tmp_path: Path) -> None:
+    timed = {"tokens": 8, "dense_ms": 3.0, "slope_ms": 2.0, "ratio": 1.5}
+    split = {f"{side}_{part}_ms": 1.0 for side in ("dense", "slope")
+             for part in ("forward", "input_gradient", "weight_gradient")}  # fmt: skip
+    memory = {"tokens": 8, "ratio": 0.6562, "dense_bytes": 2**21, "slope_bytes": 2**20,
+              "states_and_masks_ratio": 0.5156, "measured": "allocator"}  # fmt: skip
+    write(tmp_path, "slope_layer", [
+        {"part": "layer", "shape": "64x32", **timed, **split, "refresh_ms": 0.5, "select_columns_ms": 0.25},
+        {"part": "block", "shape": "hidden 64", **timed}, {"part": "inference", "shape": "hidden 64", **timed},
+        {"part": "memory", "shape": "64x32", **memory}, {"part": "memory, flat", "shape": "64x32", **memory},
+    ])  # fmt: skip
+    text = results.layers()
+    assert text.count("| 3.000 | 2.000 | 1.50x |") == 3
+    assert "| 64x32 | 1.000, 1.000 | 1.000, 1.000 | 1.000, 1.000 | 0.5000 | 0.2500 |" in text
+    assert "| 64x32 | in a flat buffer | 2.0 | 1.0 | 0.656 | 0.516 | allocator |" in text
+    (figure,) = results.figures(tmp_path)
+    assert figure.name in text
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quality_compares_arms_of_one_seed(results: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, "slope_quality_tiny", [
+        {"size": "tiny", "arm": arm, "seed": seed, "parameters": 10, "step": step, "tokens": 100 * step,
+         "valid_loss": loss - step}
+        for seed, shift in ((0, 0.0), (1, 1.0))
+        for arm, loss in (("dense", 9.0 + shift), ("slope", 9.5 + 2 * shift))
+        for step in (0, 1, 2)
+    ])  # fmt: skip
+    text = results.quality()
+    assert "| dense | 10 | 2 | 7.5000 +- 0.7071 | - |" in text
+    assert "| SLoPe | 10 | 2 | 8.5000 +- 1.4142 | +1.0000 +- 0.7071 |" in text
+    assert [path.name in text for path in results.figures(tmp_path)] == [True]
+
+
+def test_every_measurement_in_the_repository_is_shown() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        module = importlib.import_module("slope_results")
+        text = "".join(
+            (module.kernels(), module.products(), module.layers(), module.on_the_cpu(), module.quality())
+        )
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    for path in (ROOT / "docs" / "results" / "data").glob("slope_*.csv"):
+        with open(path, newline="") as stream:
+            assert next(csv.DictReader(stream))["command"] in text, path.name
