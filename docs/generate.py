@@ -123,6 +123,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "measurements.md": measurements,
     "slope_kernels.md": slope_results.kernels,
     "slope_products.md": slope_results.products,
+    "slope_adapters.md": slope_results.adapters,
     "slope_layers.md": slope_results.layers,
     "slope_cpu.md": slope_results.on_the_cpu,
     "slope_quality.md": slope_results.quality,

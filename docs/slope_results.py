@@ -116,6 +116,22 @@ def products() -> str:
     return each("slope_gemm", render)
 
 
+def adapters() -> str:
+    """Return the table of the sparse product with an adapter."""
+
+    def render(rows: list[Row]) -> list[str]:
+        return table(
+            ("out x in", "tokens", "rank", "product alone, ms", "with adapter, ms", "joined, ms"),
+            (
+                (f"{row['out']}x{row['in']}", row["tokens"], row["rank"], number(row, "product"),
+                 number(row, "apart"), number(row, "joined"))
+                for row in rows
+            ),
+        )  # fmt: skip
+
+    return each("slope_adapter", render)
+
+
 _PARTS = {
     "layer": "linear layer, training",
     "block": "GPT block, training",
@@ -130,10 +146,11 @@ def layers() -> str:
     def render(rows: list[Row]) -> list[str]:
         timed = [row for row in rows if row["part"] in _PARTS]
         lines = table(
-            ("what", "size", "tokens", "dense, ms", "sparse, ms", "speed-up"),
+            ("what", "size", "tokens", "dense, ms", "sparse, ms", "speed-up", "host: dense, sparse, ms"),
             (
                 (_PARTS[row["part"]], row["shape"], row["tokens"], number(row, "dense_ms"),
-                 number(row, "slope_ms"), f"{number(row, 'ratio', 2)}x")
+                 number(row, "slope_ms"), f"{number(row, 'ratio', 2)}x",
+                 f"{number(row, 'dense_host_ms', 2)}, {number(row, 'slope_host_ms', 2)}")
                 for row in timed
             ),
         )  # fmt: skip

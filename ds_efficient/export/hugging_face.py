@@ -220,6 +220,11 @@ def _write_config(
             f"the checkpoint does not tell the longest sequence: config.json says "
             f"{config['max_position_embeddings']}; correct it there"
         )
+    if "activation_function" in config and "tanh_gelu" not in reader.about:
+        result.notes.append(
+            'the checkpoint does not tell how GELU was computed: config.json says "gelu"; after a run on '
+            'GPUs without --no-bias-gelu-fusion correct it to "gelu_new"'
+        )
     if tokenizer.get("type") != "HuggingFaceTokenizer" or not tokenizer.get("path"):
         return
     path = Path(tokenizer["path"])

@@ -32,9 +32,7 @@ def config(stage: int = 0, *, slope: dict[str, Any] | None = None, **more: Any) 
         "adapter": {"rank": 3, "start_step": 3},
         **(slope or {}),
     }
-    return deepspeed_json(
-        zero_optimization={"stage": stage}, gradient_clipping=0.5, slope=section, **more
-    )
+    return deepspeed_json(zero_optimization={"stage": stage}, gradient_clipping=0.5, slope=section, **more)
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +49,19 @@ def one_rank(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 @pytest.mark.parametrize(
-    ("size", "layout", "stage"),
+    ("model", "size", "layout", "stage"),
     [
-        (2, "", 1),
-        (2, "", 2),
-        (2, "", 3),
-        (2, TENSOR, 1),
-        (2, SEQUENCE, 0),
-        (2, SEQUENCE, 3),
-        (2, PIPELINE, 1),
-        (4, f"{SEQUENCE} {PIPELINE}", 1),
-        (4, TENSOR, 2),
+        (GPT2, 2, "", 1),
+        (GPT2, 2, "", 3),
+        (GPT2, 2, TENSOR, 1),
+        (GPT2, 2, SEQUENCE, 0),
+        (GPT2, 2, PIPELINE, 1),
+        (LLAMA, 2, "", 2),
+        (LLAMA, 2, SEQUENCE, 3),
+        (LLAMA, 4, TENSOR, 2),
+        (LLAMA, 4, f"{SEQUENCE} {PIPELINE}", 1),
     ],
 )
-@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_every_layout_follows_one_rank(
     ranks: Ranks,
     tmp_path: Path,

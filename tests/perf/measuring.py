@@ -77,6 +77,20 @@ def times_ms(call: Callable[[], object], repeat: int, device: torch.device) -> l
     return [first.elapsed_time(last) for first, last in events]
 
 
+def host_ms(call: Callable[[], object], device: torch.device) -> float | str:
+    """Milliseconds that the host needs to queue a call: the best of ten rounds; empty on the CPU."""
+    if device.type != "cuda":
+        return ""
+    rounds = []
+    for _ in range(10):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        rounds.append(1e3 * (time.perf_counter() - start))
+    torch.cuda.synchronize(device)
+    return min(rounds)
+
+
 def medians_in_turns(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, blocks: int = 5, repeat: int = 5
 ) -> dict[str, float]:

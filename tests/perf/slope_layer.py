@@ -13,7 +13,8 @@ Writes ``slope_layer_<device name>.csv`` with one row a case. ``part``:
   operands; on a GPU read from the allocator. "memory, flat": the weight in a larger buffer, as DeepSpeed
   keeps it, where the operand cannot be the weight's own memory
 
-Times are medians in milliseconds, dense and sparse in turns. For a trial without a GPU:
+Times are medians in milliseconds, dense and sparse in turns; ``*_host_ms`` is what the host needs to queue a
+pass, which must be less than the pass takes. For a trial without a GPU:
 ``--device cpu --shapes 64x64 --hidden 128 --tokens 128 --sequence 64``.
 """
 
@@ -30,7 +31,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import DATA, ROOT, conditions, medians_in_turns, write_csv
+from measuring import DATA, ROOT, conditions, host_ms, medians_in_turns, write_csv
+from mixed_adamw import MixedAdamW
 from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT))
@@ -161,14 +163,14 @@ def measure_layer(
     layer = sparse_layer(dense, "layer")
     x = draw("x", tokens, inputs, like=device, dtype=dtype).requires_grad_()
     dy = draw("dy", tokens, out, like=device, dtype=dtype)
-    whole = medians_in_turns(
-        {"dense": training_pass(dense, [], x, dy), "slope": training_pass(layer, [layer], x, dy)}, device
-    )
+    calls = {"dense": training_pass(dense, [], x, dy), "slope": training_pass(layer, [layer], x, dy)}
+    whole = medians_in_turns(calls, device)
+    host = {f"{name}_host_ms": host_ms(call, device) for name, call in calls.items()}
     parts = measure_parts(dense, layer, x.detach(), dy, device)
     yield {
         "part": "layer", "shape": f"{out}x{inputs}", "tokens": tokens,
         "dense_ms": whole["dense"], "slope_ms": whole["slope"], "ratio": whole["dense"] / whole["slope"],
-        **parts, **choices(layer, x),
+        **host, **parts, **choices(layer, x),
     }  # fmt: skip
 
 
@@ -229,43 +231,11 @@ def measure_block(
             "part": part, "shape": f"hidden {hidden}, sequence {sequence}", "tokens": tokens,
             "dense_ms": found["dense"], "slope_ms": found["slope"],
             "ratio": found["dense"] / found["slope"],
+            **{f"{name}_host_ms": host_ms(call, device) for name, call in calls.items()},
             **{product: "; ".join(f"{n}: {text}" for n, text in by_name.items())
                for product, by_name in chosen.items()
                if part == "block" or product == "forward_choice"},
         }  # fmt: skip
-
-
-class MixedAdamW:
-    """AdamW on fp32 master copies of 16-bit parameters, with fp32 moments; the same for both layers.
-
-    Args:
-        parameters: to train.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.masters = [p.detach().float().clone() for p in parameters]
-        self.first = [torch.zeros_like(m) for m in self.masters]
-        self.second = [torch.zeros_like(m) for m in self.masters]
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, lr: float = 1e-4, decay: float = 0.1) -> None:
-        """One update (betas 0.9 and 0.95, epsilon 1e-8)."""
-        self.steps += 1
-        for p, master, m, v in zip(self.parameters, self.masters, self.first, self.second, strict=True):
-            assert p.grad is not None
-            gradient = p.grad.float()
-            m.lerp_(gradient, 0.1)
-            v.mul_(0.95).addcmul_(gradient, gradient, value=0.05)
-            scale = (v / (1 - 0.95**self.steps)).sqrt_().add_(1e-8)
-            master.mul_(1 - lr * decay).addcdiv_(m, scale, value=-lr / (1 - 0.9**self.steps))
-            p.copy_(master)
-
-    def nbytes(self) -> int:
-        """Bytes of parameters, gradients, masters and moments."""
-        held = [*self.parameters, *self.masters, *self.first, *self.second]
-        return sum(t.nbytes for t in held) + sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
 
 
 def hold_layer(
@@ -342,6 +312,8 @@ def show(row: dict[str, Any]) -> None:
         f"{head} dense {row['dense_ms']:8.3f} ms, slope {row['slope_ms']:8.3f} ms, ratio {row['ratio']:.3f}",
         flush=True,
     )
+    if row["dense_host_ms"]:
+        print(f"{'':>12}host, to queue it: dense {row['dense_host_ms']}, slope {row['slope_host_ms']} ms")
     if row["part"] == "layer":
         for name in ("forward", "input_gradient", "weight_gradient"):
             dense, slope = row[f"dense_{name}_ms"], row[f"slope_{name}_ms"]
