@@ -240,3 +240,21 @@ def overflow(stage: int) -> dict[str, Any]:
         found["applied"].append(bool(engine.was_step_applied()))
         found["weights"].append(snapshot(engine))
     return {**found, "metrics": dict(engine.ds_efficient.metrics["slope"])}
+
+
+def refusals(folder: str) -> list[str]:
+    """Return what loading says of a sparse state with SLoPe off or another pattern, and of a dense one."""
+    build(1).save_checkpoint(folder, tag="sparse")
+    dense = build(1, slope={"enabled": False})
+    dense.save_checkpoint(folder, tag="dense")
+    found = []
+    for engine, tag in (
+        (dense, "sparse"),
+        (build(1, slope={"pattern": "1:4"}), "sparse"),
+        (build(1), "dense"),
+    ):
+        try:
+            engine.load_checkpoint(folder, tag=tag)
+        except ds_efficient.CheckpointError as error:
+            found.append(str(error))
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ds_efficient.core.inventory import Inventory
 from ds_efficient.core.parameter_groups import as_lists, split_groups
 from ds_efficient.core.technique import Action, Evidence, RunContext, StepContext, Technique
 from ds_efficient.errors import ConfigError, UserError
+from ds_efficient.registry import TECHNIQUES
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Attachment:
         self.loss: float | None = None
         self.steps_watched = 0
         self.store = CheckpointStore(engine, context)
+        self.store.require_equal(weights_facts(techniques))
         self._clip = compat.clip_plain_gradients(engine, mpu) if compat.uses_plain_optimizer(engine) else None
         for technique in techniques:
             self.store.register(
@@ -154,6 +156,12 @@ def initialize(
     compat.fuse_zero_norm(engine)
     engine.ds_efficient = Attachment(engine, settings, context, techniques, actions, mpu)
     return engine, engine_optimizer, loader, scheduler
+
+
+def weights_facts(techniques: Sequence[Technique[Any]]) -> dict[str, str]:
+    """Return what each technique there is makes of the weights, so that no run loads others' weights."""
+    facts = {row.name: "off" for row in TECHNIQUES if row.technique is not None}
+    return facts | {technique.name: technique.weights_fact() or "off" for technique in techniques}
 
 
 def _choose_config(args: Any, config: Any, config_params: Any) -> Any:

@@ -164,6 +164,13 @@ class Technique(ABC, Generic[SectionT]):
     def evidence(self) -> Evidence:
         """Prove that the technique acted."""
 
+    def weights_fact(self) -> str:
+        """What the technique makes of the model's parameters and buffers, in a few words; "" for nothing.
+
+        A checkpoint is loaded only into a run with the same.
+        """
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """State for the checkpoint: tensors and plain values only."""
         return {}

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 ALIGNMENT = 16  # bytes, of every pointer passed
 SEARCH_ITERATIONS = 5  # runs of each algorithm in the library's search
 SEARCH_MINIMUM = 256  # rows, k and tokens from which on a search is worth its time
-# With float16, the search of version 0.8.0 on an H100 runs a kernel that ends in an illegal instruction, after
-# which the process cannot use the GPU any more; there the library's default algorithm is used.
+# With float16, the search of version 0.8.0 on an H100 runs a kernel that ends in an illegal instruction,
+# after which the process cannot use the GPU any more; there the library's default algorithm is used.
 SEARCHED_DTYPES = (torch.bfloat16,)
 
 _ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_SPLITS = (1, 2, 4)
 MARGIN = 1.02  # a less plain way must be faster than this
-# A weight in tiles cannot live in its operand (`ds_efficient.slope.operands`): it costs a copy after each step.
+# A weight in tiles cannot live in its operand (`ds_efficient.slope.operands`) and costs a copy a step.
 TILE_MARGIN = 1.06
 _CALLS, _BATCHES, _FINAL_BATCHES = 10, 3, 7
 _MAX_COPIES = 4

@@ -289,6 +289,14 @@ class SlopeTechnique(Technique[SlopeConfig]):
         }
         return Evidence(ran > 0, summary, counts)
 
+    def weights_fact(self) -> str:
+        """Return patterns, masks and adapters: the shapes and the meaning of what a checkpoint holds."""
+        config = self.config
+        parts = [config.pattern, *(f"{entry.pattern} in layers {entry.layers}" for entry in config.patterns)]
+        parts.append("double-pruned" if config.double_prune else "not double-pruned")
+        parts.append(f"adapters of rank {config.adapter.rank}")
+        return ", ".join(parts)
+
     def state_dict(self) -> dict[str, Any]:
         """Return whether the adapters take part; masks are buffers of the model."""
         return {"adapters_active": self.adapters_active}

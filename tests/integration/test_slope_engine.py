@@ -289,3 +289,13 @@ def test_a_killed_run_of_the_script_goes_on_exactly_past_the_start_of_the_adapte
     assert resumed.losses == unbroken.losses[2:] and resumed.norms == unbroken.norms[2:]
     last = f"checkpoints/global_step{len(unbroken.losses)}"
     assert differences(tmp_path / "unbroken" / last, tmp_path / "broken" / last) == []
+
+
+def test_checkpoints_of_other_weights_are_refused_in_a_few_words(ranks: Ranks, tmp_path: Path) -> None:
+    (messages,) = ranks(1).run("slope_ranks:refusals", str(tmp_path))
+    sparse = "2:4, double-pruned, adapters of rank 2"
+    other = "1:4, double-pruned, adapters of rank 2"
+    expected = [("slope " + sparse, "off"), ("slope " + sparse, other), ("slope off", sparse)]
+    assert len(messages) == 3
+    for message, (saved, now) in zip(messages, expected, strict=True):
+        assert f"saved with {saved}, this run has {now}" in message and "unexpected" not in message.lower()

@@ -12,16 +12,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import conditions, write_csv
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -112,16 +109,8 @@ def main() -> int:
     if reason:
         print(f"slope_adapter.py: {reason}", file=sys.stderr)
         return 2
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    common = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-        "command": shlex.join(["python", *sys.argv]),
-    }
+    device = torch.device("cuda", torch.cuda.current_device())
+    common = conditions(device)
     rows = []
     for out, inner in SHAPES:
         row = measure(out, inner, args.tokens, args.rank)
@@ -130,13 +119,7 @@ def main() -> int:
             flush=True,
         )
         rows.append({**row, **common})
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"slope_adapter_{common['device'].replace(' ', '_')}.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(path)
+    print(f"wrote {write_csv('slope_adapter', rows, args.output, device)}")
     return 0
 
 

@@ -15,13 +15,9 @@ measured plans.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import conditions, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,12 +42,6 @@ SHAPES = (
     "1024x1024x8192,4096x1024x8192,2560x2560x8192,10240x2560x8192,4096x4096x8192,14336x4096x8192,"
     "5120x5120x8192,20480x5120x8192,7168x28672x16384"
 )
-COLUMNS = (
-    "op", "dtype", "rows", "k", "tokens", "milliseconds", "wall_milliseconds", "dense_milliseconds",
-    "bare_milliseconds", "speedup", "over_bare", "choice", "tiles", "token_splits", "algorithm",
-    "bare_algorithm", "candidates", "host_microseconds", "bare_host_microseconds", "dense_host_microseconds",
-    "device", "cusparselt", "torch", "cuda", "python", "commit", "command",
-)  # fmt: skip
 
 
 def bare_call(bench: Bench, operands: list[SparseOperand]) -> tuple[Callable[[int], object], plans.Plan]:
@@ -186,22 +177,9 @@ def cases(text: str) -> list[tuple[int, int, int, str]]:
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
     """Write the CSV."""
-    name = torch.cuda.get_device_name()
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    common = {
-        "device": name, "cusparselt": lt.load().version_text, "torch": torch.__version__,
-        "cuda": torch.version.cuda or "", "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown", "command": shlex.join(["python", *sys.argv]),
-    }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"slope_gemm_{name.replace(' ', '_')}.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({**row, **common} for row in rows)
-    print(f"wrote {path}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    common = {"cusparselt": lt.load().version_text, **conditions(device)}
+    print(f"wrote {write_csv('slope_gemm', [{**row, **common} for row in rows], folder, device)}")
 
 
 def main() -> int:

@@ -10,18 +10,15 @@ calls.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import conditions, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,11 +26,6 @@ sys.path.insert(0, str(ROOT))
 from ds_efficient.core.keys import Key  # noqa: E402
 from ds_efficient.ops import keyed_random, slope  # noqa: E402
 
-COLUMNS = (
-    "op", "pattern", "dtype", "shape", "milliseconds", "gigabytes_per_second", "floor_milliseconds",
-    "fraction_of_floor", "reference_milliseconds", "speedup_over_reference", "gather_milliseconds",
-    "speedup_over_gather", "device", "torch", "cuda", "python", "commit", "command",
-)  # fmt: skip
 CASES = (
     (4096, 4096, 2, 4, torch.bfloat16), (14336, 4096, 2, 4, torch.bfloat16),
     (20480, 5120, 2, 4, torch.bfloat16), (5120, 20480, 2, 4, torch.bfloat16),
@@ -206,26 +198,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name()
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    common = {
-        "device": name, "torch": torch.__version__, "cuda": torch.version.cuda or "",
-        "python": platform.python_version(), "commit": commit.stdout.strip() or "unknown",
-        "command": shlex.join(["python", *sys.argv]),
-    }  # fmt: skip
+    device = torch.device("cuda", torch.cuda.current_device())
+    common = conditions(device)
     rows = []
     for row in measure():
         show(row)
         rows.append({**row, **common})
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"slope_kernels_{name.replace(' ', '_')}.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
+    print(f"wrote {write_csv('slope_kernels', rows, args.output, device)}")
     return 0
 
 
