@@ -49,7 +49,6 @@ class SparseProduct(nn.Module):
         column_mask: packed mask of W^{R,C}, or None without double pruning.
         adapter_down, adapter_up: R (rank, in) and L (out, rank), or None.
         adapter_active: whether the adapter takes part.
-        forward_products, input_gradients: how often each ran.
     """
 
     technique_name = "slope"
@@ -81,8 +80,17 @@ class SparseProduct(nn.Module):
         self.adapter_down: nn.Parameter | None = None
         self.adapter_up: nn.Parameter | None = None
         self.adapter_active = False
-        self.forward_products = 0
-        self.input_gradients = 0
+        self._ran = [0, 0]  # in a list, since setting an attribute of a module costs microseconds
+
+    @property
+    def forward_products(self) -> int:
+        """How often the forward product ran."""
+        return self._ran[0]
+
+    @property
+    def input_gradients(self) -> int:
+        """How often the input gradient was computed."""
+        return self._ran[1]
 
     def extra_repr(self) -> str:
         """Return sizes and pattern."""
@@ -210,7 +218,7 @@ class SparseProduct(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             down, up = _cast(down, dtype), _cast(up, dtype)
-        self.forward_products += 1
+        self._ran[0] += 1
         return _SparseLinear.apply(x, weight, down, up, self, region or _LOCAL)
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -221,7 +229,7 @@ class SparseProduct(nn.Module):
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """Return dY W^{R,C} of (tokens, out), (tokens, in)."""
-        self.input_gradients += 1
+        self._ran[1] += 1
         if self.column_mask is not None and self.operands.uses_sparse_product(dy, transposed=True):
             return self.operands.multiply(dy, weight, self.mask, self.column_mask)
         return dy @ self.dense_weight(weight, backward=True)
