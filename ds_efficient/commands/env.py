@@ -23,7 +23,7 @@ DEEPSPEED_MINIMUM = "0.19.8"
 TORCH_MINIMUM = "2.6"
 _VARIABLES = (
     "CUDA_HOME CUDA_PATH CUDA_VISIBLE_DEVICES CXX TORCH_CUDA_ARCH_LIST TORCH_EXTENSIONS_DIR OMP_NUM_THREADS "
-    "NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME"
+    "NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME DS_EFFICIENT_TUNING_CACHE"
 ).split()
 
 
@@ -52,6 +52,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "compilers": _compilers(),
         "ops": [dataclasses.asdict(state) for state in inventory.op_states()],
+        "sparse_products": _sparse_products(),
         "cache": str(toolchain.cache_root()),
         "locks": [
             {"of": owner, "path": str(lock.path), "age_seconds": round(lock.age, 1), "state": lock.state,
@@ -143,6 +144,24 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
+def _sparse_products() -> dict[str, str]:
+    """cuSPARSELt, which is found and not built; on each GPU whether its check passes, or why not."""
+    import torch
+
+    from ds_efficient.ops import cusparselt, cusparselt_cache, cusparselt_library
+
+    if torch.version.cuda is None:
+        return {"cuSPARSELt": "not used: torch is a CPU build"}
+    try:
+        library = cusparselt_library.load()
+    except OpBuildError as error:
+        return {"cuSPARSELt": f"unavailable: {error}"}
+    found = {"cuSPARSELt": f"{library.version_text} ({library.path})"}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found[f"cuda:{index}"] = cusparselt.unavailable(torch.device("cuda", index)) or "works"
+    return found | {"measurements": str(cusparselt_cache.cache_path())}
+
+
 def _compilers() -> dict[str, str]:
     from ds_efficient.op_builder import toolchain
 
@@ -175,6 +194,8 @@ def _render(report: dict[str, Any]) -> str:
     lines += ["compilers", *(f"  {name:<20} {value}" for name, value in report["compilers"].items())]
     lines.append("ops")
     lines += [f"  {op['name']:<34} {op['state']:<12} {op['detail']}" for op in report["ops"]]
+    lines.append("2:4 sparse products")
+    lines += [f"  {name:<20} {value}" for name, value in report["sparse_products"].items()]
     lines += ["kernel cache", f"  {report['cache']}", "build locks"]
     for lock in report["locks"]:
         owner = f"process {lock['pid']} on {lock['host']}" if lock["pid"] else "owner unknown"

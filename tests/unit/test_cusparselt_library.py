@@ -10,8 +10,11 @@ import pytest
 import torch
 from fake_cusparselt import FakeLt, fake_library  # noqa: F401
 
+from ds_efficient.commands import env
 from ds_efficient.errors import OpBuildError
 from ds_efficient.op_builder import toolchain
+from ds_efficient.ops import cusparselt as face
+from ds_efficient.ops import cusparselt_cache as caches
 from ds_efficient.ops import cusparselt_library as lt
 
 
@@ -134,3 +137,20 @@ def test_installed_library_has_every_function():
     except OpBuildError as error:
         pytest.skip(str(error))
     assert lt.OLDEST <= library.version < lt.BEFORE
+
+
+def test_env_says_which_library_is_used_or_why_not(fake, monkeypatch):
+    assert env._sparse_products() == {"cuSPARSELt": "not used: torch is a CPU build"} or torch.version.cuda
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(face, "unavailable", lambda device: f"no reason for {device}")
+    found = env._sparse_products()
+    assert found["cuSPARSELt"].startswith("0.8.1 (") and found["cuda:0"] == "no reason for cuda:0"
+    assert found["measurements"] == str(caches.cache_path())
+
+    def missing() -> lt.Library:
+        raise OpBuildError("not found; install it")
+
+    monkeypatch.setattr(lt, "load", missing)
+    assert env._sparse_products() == {"cuSPARSELt": "unavailable: not found; install it"}
