@@ -35,7 +35,7 @@ class SlopeLinear(nn.Module):
         mask: ``"random"`` (drawn by `key`) or ``"magnitude"`` (of the initial weights).
         double_prune: prune the weight of the input gradient along the outputs too.
         adapter_rank: rank of the low-rank adapter; 0: none.
-        key: key of this layer's mask, initial weights and adapter. Give every layer its own.
+        key: `Key` or integer, of this layer's mask, initial weights and adapter. Give every layer its own.
         device, dtype: of the parameters.
         backend: ``"auto"`` (cuSPARSELt where it runs and is faster, else dense products of the sparse
             weight), ``"cusparselt"`` or ``"dense"``.
@@ -61,7 +61,7 @@ class SlopeLinear(nn.Module):
         mask: str = "random",
         double_prune: bool = True,
         adapter_rank: int = 0,
-        key: Key = DEFAULT_KEY,
+        key: Key | int = DEFAULT_KEY,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
@@ -70,6 +70,7 @@ class SlopeLinear(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         place = torch.device(device) if device is not None else torch.get_default_device()
         bound = in_features**-0.5  # as nn.Linear's: uniform on [-bound, bound)
+        key = as_key(key)
         dense = uniform(key.fold("weight"), [out_features, in_features], device=place)
         offset = None
         if bias:
@@ -129,7 +130,7 @@ class SlopeLinear(nn.Module):
         mask: str = "random",
         double_prune: bool = True,
         adapter_rank: int = 0,
-        key: Key = DEFAULT_KEY,
+        key: Key | int = DEFAULT_KEY,
         backend: str = "auto",
     ) -> SlopeLinear:
         """Make a sparse layer from a dense one; its kept weights and its bias are taken over.
@@ -145,7 +146,7 @@ class SlopeLinear(nn.Module):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         bias: Any = linear.bias
-        layer._fill(weight, bias, pattern, mask, double_prune, adapter_rank, key, backend)
+        layer._fill(weight, bias, pattern, mask, double_prune, adapter_rank, as_key(key), backend)
         layer.weight.requires_grad_(bool(next(iter(linear.parameters())).requires_grad))
         return layer.train(linear.training)
 
@@ -258,6 +259,11 @@ class SlopeLinear(nn.Module):
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone())
         return layer.train(self.training)
+
+
+def as_key(key: Key | int) -> Key:
+    """Return the key itself, or the stream that an integer names."""
+    return key if isinstance(key, Key) else Key(key)
 
 
 def checked_shape(out_features: int, in_features: int, pattern: str) -> LayerShape:

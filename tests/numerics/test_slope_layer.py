@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ds_efficient
 from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
 from ds_efficient.slope.linear import SlopeLinear
@@ -382,3 +383,10 @@ def test_initial_weights_are_those_of_nn_linear_in_distribution() -> None:
     assert values.abs().max() <= bound and layer.bias.abs().max() <= bound
     assert abs(float(values.mean())) < 5 * bound / math.sqrt(3 * values.numel())
     assert float(values.var()) == pytest.approx(bound**2 / 3, rel=0.02)
+
+
+def test_the_public_name_and_integer_keys() -> None:
+    first, again = (ds_efficient.slope.SlopeLinear(16, 8, key=key) for key in (5, Key(5)))
+    other = ds_efficient.slope.SlopeLinear(16, 8, key=6)
+    assert torch.equal(first.weight, again.weight) and torch.equal(first.slope.mask, again.slope.mask)
+    assert not torch.equal(first.slope.mask, other.slope.mask)
