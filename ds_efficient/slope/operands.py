@@ -20,6 +20,8 @@ from ds_efficient.ops import slope as ops
 
 logger = logging.getLogger(__name__)
 
+_TUNED_TOKENS = 1 << 14  # the most tokens that a choice is measured with
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -149,8 +151,11 @@ class Operands:
 
     @staticmethod
     def _tune(x: Tensor, rows: int, inner: int) -> cusparselt.Choice:
-        """Choose for the next power of two of tokens, so that changing lengths share a choice."""
-        tokens = 1 << max(x.shape[0] - 1, 1).bit_length()
+        """Choose for the next power of two of tokens, so that changing lengths share a choice.
+
+        From some number on more tokens only repeat the same work, and take memory that the run has taken.
+        """
+        tokens = min(1 << max(x.shape[0] - 1, 1).bit_length(), _TUNED_TOKENS)
         return cusparselt.tune(rows, inner, tokens, x.dtype, x.device)
 
     def _obstacle(self, x: Tensor, rows: int, inner: int) -> str | None:
@@ -220,7 +225,7 @@ class Operands:
         place = (x.device, x.dtype)
         built = self._built.get(transposed)
         if built is None or built.place != place:
-            tiles = self._tune(x, rows, inner).tiles
+            tiles = self._tune(x, rows, inner).tiles if self.backend == "auto" else 1
             operand = cusparselt.SparseOperand(rows, inner, dtype=x.dtype, device=x.device, tiles=tiles)
             built = self._built[transposed] = _Built(place, operand)
         elif built.held is None:

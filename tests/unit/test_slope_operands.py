@@ -14,6 +14,7 @@ from ds_efficient.slope.linear import SlopeLinear
 from ds_efficient.slope.operands import Operands
 
 TILES = {"tiles": 1}
+REAL_TUNE = Operands._tune
 
 
 @pytest.fixture(autouse=True)
@@ -179,3 +180,26 @@ def test_new_column_masks_reach_the_backward_operand() -> None:
     sparse.refresh()
     assert not torch.equal(before, sparse.backward_mask())
     check(sparse)
+
+
+@pytest.mark.parametrize(("tokens", "tuned"), [(1, 2), (8192, 8192), (8193, 16384), (200_000, 16384)])
+def test_a_choice_is_measured_with_the_next_power_of_two_of_tokens(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, tuned: int
+) -> None:
+    asked: list[int] = []
+
+    def tune(rows: int, inner: int, tokens: int, dtype: object, device: object) -> cusparselt.Choice:
+        asked.append(tokens)
+        return cusparselt.Choice("cusparselt", 1, 1, 1.5, 1.0, 1.5)
+
+    monkeypatch.setattr(cusparselt, "tune", tune)
+    REAL_TUNE(torch.empty(tokens, 1), 64, 64)
+    assert asked == [tuned]
+
+
+def test_without_a_choice_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(x: object, rows: int, inner: int) -> cusparselt.Choice:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(Operands, "_tune", staticmethod(refuse))
+    check(layer(backend="cusparselt"))
