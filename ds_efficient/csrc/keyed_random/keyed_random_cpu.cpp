@@ -5,11 +5,10 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "keyed_random.h"
+#include "parallel.h"
 
 namespace {
 
@@ -68,28 +67,10 @@ void fill_range(uint64_t key, uint64_t offset, int64_t n, T* out, Convert conver
   }
 }
 
-// Run work(first, count) over [0, n) on up to `threads` threads; where the system grants no more threads, here.
-template <typename Work>
-void parallel(int64_t n, int64_t grain, int threads, Work work) {
-  const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(1, grain)));
-  const int64_t share = (n + wanted - 1) / wanted;
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < wanted; ++i) {
-    const int64_t first = std::min(n, i * share), count = std::min(share, n - first);
-    try {
-      others.emplace_back([=] { work(first, count); });
-    } catch (const std::system_error&) {
-      work(first, count);
-    }
-  }
-  work(0, std::min(share, n));
-  for (auto& other : others) other.join();
-}
-
 template <typename T, typename Convert>
 void fill(uint64_t key, uint64_t offset, int64_t n, void* out, int threads, Convert convert) {
   T* const target = static_cast<T*>(out);
-  parallel(n, kPerThread, threads, [=](int64_t first, int64_t count) {
+  ds_efficient::run_parallel(n, kPerThread, threads, [=](int64_t first, int64_t count) {
     fill_range(key, offset + static_cast<uint64_t>(first), count, target + first, convert);
   });
 }
@@ -158,7 +139,8 @@ int ds_efficient_keyed_choice(uint64_t key, uint64_t first_row, int64_t batch, i
                               int threads) {
   if (k == 0) return 0;
   std::atomic<int> status{0};
-  parallel(batch, std::max<int64_t>(1, kPerThread / 4 / n), threads, [=, &status](int64_t first, int64_t count) {
+  const int64_t grain = std::max<int64_t>(1, kPerThread / 4 / n);
+  ds_efficient::run_parallel(batch, grain, threads, [=, &status](int64_t first, int64_t count) {
     try {
       std::vector<uint64_t> rank(static_cast<size_t>(n)), scratch;
       for (int64_t r = first; r < first + count; ++r) {
