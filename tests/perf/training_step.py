@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     "354m": "--num-layers 24 --hidden-size 1024 --num-attention-heads 16",
     "1.3b": "--num-layers 24 --hidden-size 2048 --num-attention-heads 16",
+    "4096x8": "--num-layers 8 --hidden-size 4096 --num-attention-heads 32",
     "tiny": "--num-layers 2 --hidden-size 64 --num-attention-heads 4",
 }
 NO_FUSION = "--no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-cross-entropy-fusion"
@@ -33,15 +34,17 @@ NO_FUSION = "--no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --n
 
 @dataclass(frozen=True)
 class Case:
-    """One run: model, samples a pass, optimizer parameters, further arguments."""
+    """One run: model, samples a pass, optimizer parameters, arguments, the config's technique sections."""
 
     model: str
     micro: int
     fused_adam: bool
     arguments: str = ""
     zero: int = 1
+    sections: dict[str, Any] = field(default_factory=dict)
 
 
+SLOPE = {"slope": {"enabled": True}}
 CASES = {
     "354m-plain": Case("354m", 8, False, NO_FUSION),
     "354m-fused": Case("354m", 8, True),
@@ -53,7 +56,11 @@ CASES = {
     "1.3b-fused-recompute-16": Case(
         "1.3b", 16, True, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     ),
+    "1.3b-slope": Case("1.3b", 8, True, sections=SLOPE),
+    "4096x8-dense": Case("4096x8", 4, True),
+    "4096x8-slope": Case("4096x8", 4, True, sections=SLOPE),
     "tiny": Case("tiny", 2, False),
+    "tiny-slope": Case("tiny", 2, False, sections=SLOPE),
 }
 
 
@@ -65,6 +72,7 @@ def command(case: Case, folder: Path, arguments: argparse.Namespace) -> list[str
         "optimizer": {"type": "AdamW", "params": params},
         "zero_optimization": {"stage": case.zero},
         "bf16": {"enabled": not arguments.fp32},
+        **case.sections,
     }
     (folder / "ds.json").write_text(json.dumps(config))
     length, vocabulary = (64, 256) if case.model == "tiny" else (2048, 50304)
@@ -105,12 +113,14 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         lines = (done.stderr or done.stdout).strip().splitlines()
         memory = [line for line in lines if "out of memory" in line.lower()]
         return row | {"error": (memory or lines or ["no output"])[-1][:300]}
-    for field in ("tokens_per_second", "model_tflops", "mfu", "peak_memory"):
-        values = [record[field] for record in steady if record[field] is not None]
-        row[field] = statistics.median(values) if values else None
+    for metric in ("tokens_per_second", "model_tflops", "mfu", "peak_memory"):
+        values = [record[metric] for record in steady if record[metric] is not None]
+        row[metric] = statistics.median(values) if values else None
     tokens = steady[-1]["tokens"] / steady[-1]["step"]
     row["ms_per_step"] = 1000.0 * tokens / row["tokens_per_second"]
     row["last_loss"] = steady[-1]["loss"]
+    evidence = next((record for record in records if record["kind"] == "evidence"), {})
+    row["evidence"] = "; ".join(f"{name}: {evidence[name]['summary']}" for name in case.sections)
     return row
 
 
