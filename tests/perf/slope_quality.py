@@ -5,8 +5,9 @@
 
 ``prepare`` writes the tokens (a byte-level BPE trained on the training text) to ``--tokens``, by default
 ``runs/slope_quality``. ``run`` trains every arm with every seed and writes
-``slope_quality_<size>_<device name>.csv``, one row an evaluation, after each arm that is complete; a seed's
-arms start from the same weights and see the same tokens in the same order. Arms:
+``slope_quality_<size>_<device name>.csv``, or ``slope_learning_rates_...`` with several ``--lr``, one row an
+evaluation, after each arm that is complete; a seed's arms start from the same weights and see the same
+tokens in the same order. Arms:
 
 - dense
 - slope: 2:4, random masks, double pruned, no adapters
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
@@ -189,36 +191,41 @@ def run_all(args: argparse.Namespace, size: Size, device: torch.device) -> list[
     text, common = Text(args.tokens, size, device), conditions(device)
     rows, longest, begin = kept_rows(args, device), 0.0, time.perf_counter()
     interval = args.interval or max(1, size.steps // 10)
-    for seed in args.seeds:
-        for arm in args.arms:
-            started = time.perf_counter()
-            if started - begin + longest > 60 * args.minutes:
-                print(f"time is up: {arm} with seed {seed} and what follows is left out")
-                return rows
-            run = Run(arm, seed, size, text, device)
-            new = run.train(interval)
-            parameters = sum(p.numel() for p in run.model.parameters())
-            head = {"size": args.size, "arm": arm, "seed": seed, "parameters": parameters}
-            rows = [row for row in rows if (row["arm"], str(row["seed"])) != (arm, str(seed))]
-            rows += [{**head, **row, **common} for row in new]
-            write_csv(f"slope_quality_{args.size}", rows, args.output, device)
-            first, last = new[1], new[-1]
-            # Without the first interval, in which code is compiled and products are tuned.
-            pace = (last["tokens"] - first["tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)
-            print(
-                f"{arm:>17} seed {seed}: validation loss {last['valid_loss']:.4f} after {last['tokens']:,} "
-                f"tokens, {pace:,.0f} tokens/s, {parameters:,} parameters "
-                f"[{time.perf_counter() - started:.0f} s]",
-                flush=True,
-            )
-            longest = max(longest, time.perf_counter() - started)
-            del run
+    for seed, lr, arm in itertools.product(args.seeds, args.lr or [size.lr], args.arms):
+        size = dataclasses.replace(size, lr=lr)
+        started = time.perf_counter()
+        if started - begin + longest > 60 * args.minutes:
+            print(f"time is up: {arm} with seed {seed} and what follows is left out")
+            return rows
+        run = Run(arm, seed, size, text, device)
+        new = run.train(interval)
+        parameters = sum(p.numel() for p in run.model.parameters())
+        head = {"size": args.size, "arm": arm, "seed": seed, "lr": lr, "parameters": parameters}
+        rows = [row for row in rows if (row["arm"], *map(float, (row["seed"], row["lr"]))) != (arm, seed, lr)]
+        rows += [{**head, **row, **common} for row in new]
+        write_csv(f"{file_name(args)}_{args.size}", rows, args.output, device)
+        first, last = new[1], new[-1]
+        # Without the first interval, in which code is compiled and products are tuned.
+        pace = (last["tokens"] - first["tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)
+        print(
+            f"{arm:>17} seed {seed} lr {lr:g}: validation loss {last['valid_loss']:.4f} after "
+            f"{last['tokens']:,} tokens, {pace:,.0f} tokens/s, {parameters:,} parameters "
+            f"[{time.perf_counter() - started:.0f} s]",
+            flush=True,
+        )
+        longest = max(longest, time.perf_counter() - started)
+        del run
     return rows
+
+
+def file_name(args: argparse.Namespace) -> str:
+    """Beginning of the file's name."""
+    return "slope_learning_rates" if len(args.lr or []) > 1 else "slope_quality"
 
 
 def kept_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Rows of the file as it is, with --append."""
-    path = args.output / f"slope_quality_{args.size}_{device_name(device).replace(' ', '_')}.csv"
+    path = args.output / f"{file_name(args)}_{args.size}_{device_name(device).replace(' ', '_')}.csv"
     if not args.append or not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -227,17 +234,16 @@ def kept_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str, 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Final losses of the arms, and their gaps to dense with the same seed."""
-    final = {(row["arm"], str(row["seed"])): float(row["valid_loss"]) for row in rows}
-    lines = [f"{'arm':>17}  seeds  validation loss (mean +- s)     gap to dense (mean +- s)"]
-    for arm in ARMS:
-        losses = [loss for (name, _), loss in final.items() if name == arm]
+    final = {(float(row["lr"]), row["arm"], str(row["seed"])): float(row["valid_loss"]) for row in rows}
+    lines = [f"{'arm':>17}  {'lr':>6}  seeds  validation loss (mean +- s)     gap to dense (mean +- s)"]
+    for lr, arm in itertools.product(sorted({lr for lr, _, _ in final}), ARMS):
+        found = {seed: loss for (rate, name, seed), loss in final.items() if (rate, name) == (lr, arm)}
         gaps = [
-            loss - final["dense", seed]
-            for (name, seed), loss in final.items()
-            if name == arm and ("dense", seed) in final
+            loss - final[lr, "dense", seed] for seed, loss in found.items() if (lr, "dense", seed) in final
         ]
-        if losses:
-            lines.append(f"{arm:>17}  {len(losses):>5}  {_spread(losses):<30}  {_spread(gaps)}")
+        if found:
+            losses = _spread(list(found.values()))
+            lines.append(f"{arm:>17}  {lr:>6g}  {len(found):>5}  {losses:<30}  {_spread(gaps)}")
     return "\n".join(lines)
 
 
@@ -265,7 +271,7 @@ def parse() -> argparse.Namespace:
     sub.add_argument("--seeds", nargs="+", type=int, default=[0])
     sub.add_argument("--steps", type=int, help="default: of the size")
     sub.add_argument("--batch", type=int, help="tokens a step; default: of the size")
-    sub.add_argument("--lr", type=float, help="default: of the size")
+    sub.add_argument("--lr", type=float, nargs="+", help="default: of the size; several: another file")
     sub.add_argument("--interval", type=int, help="steps between evaluations; default: a tenth of the steps")
     sub.add_argument("--minutes", type=float, default=math.inf, help="begin no arm that would end later")
     sub.add_argument("--append", action="store_true", help="keep the arms that the file has")
@@ -284,7 +290,7 @@ def main() -> int:
     if missing:
         print(f"missing: {', '.join(missing)}; write them with the command prepare", file=sys.stderr)
         return 2
-    size = dataclasses.replace(size, steps=args.steps or size.steps, lr=args.lr or size.lr)
+    size = dataclasses.replace(size, steps=args.steps or size.steps)
     if args.batch:
         size = dataclasses.replace(size, batch=max(1, args.batch // size.sequence))
     print(summary(run_all(args, size, torch.device(args.device))))
