@@ -4,7 +4,7 @@
 
 configuration.md from the configuration models, parallelism.md from the rules that refuse a layout,
 megatron.md from the compatibility guard, arguments.md from the parser of pretrain_gpt.py, commands.md from
-the parser of the command line, measurements.md and SLoPe's tables and figures from docs/results/data.
+the parser of the command line, measurements.md and the techniques' tables and figures from docs/results/data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import rmm_results
 import slope_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,12 +122,18 @@ PARTS: dict[str, Callable[[], str]] = {
     "arguments.md": arguments,
     "commands.md": commands,
     "measurements.md": measurements,
+    "slope_steps.md": slope_results.steps,
     "slope_kernels.md": slope_results.kernels,
     "slope_products.md": slope_results.products,
     "slope_adapters.md": slope_results.adapters,
     "slope_layers.md": slope_results.layers,
     "slope_cpu.md": slope_results.on_the_cpu,
     "slope_quality.md": slope_results.quality,
+    "slope_learning_rates.md": slope_results.learning_rates,
+    "rmm_layers.md": rmm_results.layers,
+    "rmm_memory.md": rmm_results.memory,
+    "rmm_kernels.md": rmm_results.kernels,
+    "rmm_quality.md": rmm_results.quality,
 }
 
 
@@ -139,7 +146,7 @@ def write_all(folder: Path) -> list[Path]:
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
         written.append(path)
-    return [*written, *slope_results.figures(folder)]
+    return [*written, *slope_results.figures(folder), *rmm_results.figures(folder)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

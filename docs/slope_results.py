@@ -5,17 +5,26 @@
 
 from __future__ import annotations
 
-import csv
-import statistics
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, str]
+from result_tables import (
+    COLOURS,
+    STYLE,
+    Row,
+    each,
+    final_losses,
+    loss_curves,
+    mebibytes,
+    new_figure,
+    number,
+    percent,
+    read,
+    save,
+    slug,
+    table,
+)
 
-DATA = Path(__file__).resolve().parent / "results" / "data"
-# Okabe and Ito's colours: told apart by colour-blind readers too.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73")
 ARMS = {
     "dense": "dense",
     "slope": "SLoPe",
@@ -23,58 +32,6 @@ ARMS = {
     "slope_adapters10": "SLoPe, adapters in the last 10 %",
     "srste": "SR-STE (mask chosen in each step)",
 }
-
-
-def read(name: str) -> list[list[Row]]:
-    """Return the rows of every ``<name>_*.csv``, one list a file."""
-    found = []
-    for path in sorted(DATA.glob(f"{name}_*.csv")):
-        with open(path, newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-        if rows:
-            found.append(rows)
-    return found
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table, closed by an empty one."""
-    lines = [f"| {' | '.join(header)} |", f"| {' | '.join('---' for _ in header)} |"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
-def number(row: Row, name: str, digits: int = 3) -> str:
-    """Return a number of a row, or a dash."""
-    return f"{float(row[name]):.{digits}f}" if row.get(name) else "-"
-
-
-def percent(row: Row, name: str) -> str:
-    """Return a share of a row in percent, or a dash."""
-    return f"{100 * float(row[name]):.1f}%" if row.get(name) else "-"
-
-
-def mebibytes(row: Row, name: str) -> str:
-    """Return bytes of a row in MiB, or a dash."""
-    return f"{float(row[name]) / 2**20:,.1f}" if row.get(name) else "-"
-
-
-def conditions(rows: Sequence[Row]) -> list[str]:
-    """Return a line with device, versions, commit and command."""
-    parts = []
-    for name in ("device", "torch", "cuda", "cusparselt", "python", "commit"):
-        value = rows[0].get(name)
-        if value:
-            parts.append(value if name == "device" else f"{name} {value}")
-    threads = rows[0].get("threads")
-    if threads:
-        parts.insert(1, f"{threads} thread(s)")
-    commands = dict.fromkeys(row["command"] for row in rows)
-    return [f"{', '.join(parts)}; {'; '.join(f'`{command}`' for command in commands)}.", ""]
-
-
-def each(name: str, render: Callable[[list[Row]], list[str]]) -> str:
-    """Return what `render` makes of every file of a measurement, or that there is none."""
-    lines = [line for rows in read(name) for line in [*render(rows), *conditions(rows)]]
-    return "\n".join(lines or ["Not measured yet.", ""])
 
 
 def kernels() -> str:
@@ -204,100 +161,62 @@ def on_the_cpu() -> str:
 
 def quality() -> str:
     """Return the final losses of every comparison, and their curves."""
+    return each("slope_quality", lambda rows: final_losses("slope_quality", rows, ARMS, "dense"))
+
+
+def learning_rates() -> str:
+    """Return the last losses at the learning rates tried."""
 
     def render(rows: list[Row]) -> list[str]:
-        final = {(row["arm"], row["seed"]): row for row in rows}  # the last row of each
-        tokens = max(int(row["tokens"]) for row in rows)
-        lines = [f"Size `{rows[0]['size']}`, {tokens:,} tokens an arm:", ""]
-        lines += table(
-            ("arm", "parameters", "seeds", "validation loss", "gap to dense"),
-            (_arm(arm, final) for arm in ARMS if any(name == arm for name, _ in final)),
+        final = {(float(row["lr"]), row["arm"]): row for row in rows}  # the last row of each
+        arms = dict.fromkeys(row["arm"] for row in rows)
+        return table(
+            (f"learning rate, size {rows[0]['size']}", *(ARMS[arm] for arm in arms)),
+            (
+                (f"{lr:g}", *(number(final.get((lr, arm), {}), "valid_loss", 4) for arm in arms))
+                for lr in sorted({lr for lr, _ in final})
+            ),
         )
-        return [*lines, f"![Validation loss](../_generated/slope_quality_{slug(rows)}.png)", ""]
 
-    return each("slope_quality", render)
-
-
-def _arm(arm: str, final: dict[tuple[str, str], Row]) -> tuple[str, ...]:
-    chosen = {seed: row for (name, seed), row in final.items() if name == arm}
-    losses = [float(row["valid_loss"]) for row in chosen.values()]
-    gaps = [
-        float(row["valid_loss"]) - float(final["dense", seed]["valid_loss"])
-        for seed, row in chosen.items()
-        if ("dense", seed) in final
-    ]
-    parameters = int(next(iter(chosen.values()))["parameters"])
-    gap = "-" if arm == "dense" else spread(gaps, "+")
-    return ARMS[arm], f"{parameters:,}", str(len(losses)), spread(losses, ""), gap
+    return each("slope_learning_rates", render)
 
 
-def spread(values: Sequence[float], sign: str) -> str:
-    """Return mean and, of several, standard deviation."""
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):{sign}.4f}"
-    return f"{mean} +- {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+def steps() -> str:
+    """Return the table of whole training steps, each beside the first case with the same model."""
 
+    def render(rows: list[Row]) -> list[str]:
+        first: dict[str, Row] = {}
+        bases = [first.setdefault(row["case"].rpartition("-")[0], row) for row in rows]
+        return table(
+            ("case", "tokens/s", "over dense", "model TFLOP/s", "peak memory, GiB", "of dense"),
+            (
+                (row["case"], number(row, "tokens_per_second", 0),
+                 f"{float(row['tokens_per_second']) / float(base['tokens_per_second']):.3f}x",
+                 number(row, "model_tflops", 0), f"{float(row['peak_memory']) / 2**30:.1f}",
+                 f"{float(row['peak_memory']) / float(base['peak_memory']):.3f}")
+                for row, base in zip(rows, bases, strict=True)
+            ),
+        )  # fmt: skip
 
-def slug(rows: Sequence[Row]) -> str:
-    """Return a file name's part for a measurement."""
-    return "_".join([*([rows[0]["size"]] if rows[0].get("size") else []), *rows[0]["device"].split()])
+    return each("training_step_slope", render)
 
 
 def figures(folder: Path) -> list[Path]:
     """Draw a figure for every comparison of quality and of layers; returns their paths."""
     import matplotlib
 
-    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-             "grid.color": "#dddddd", "axes.axisbelow": True, "legend.frameon": False,
-             "figure.constrained_layout.use": True, "savefig.dpi": 150}  # fmt: skip
     drawn = []
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         for rows in read("slope_quality"):
-            drawn.append(_save(_curves(rows), folder / f"slope_quality_{slug(rows)}.png"))
+            drawn.append(save(loss_curves(rows, ARMS), folder / f"slope_quality_{slug(rows)}.png"))
         for rows in read("slope_layer"):
-            drawn.append(_save(_bars(rows), folder / f"slope_layer_{slug(rows)}.png"))
+            drawn.append(save(_bars(rows), folder / f"slope_layer_{slug(rows)}.png"))
     return drawn
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, metadata={"Software": None})
-    return path
-
-
-def _new_figure(width: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 4.2))
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _curves(rows: list[Row]) -> Any:
-    """Validation loss against tokens, the mean over the seeds."""
-    figure, axes = _new_figure(7.5)
-    unit = 1e6 if max(int(row["tokens"]) for row in rows) >= 1e6 else 1e3
-    for colour, (arm, title) in zip(COLOURS, ARMS.items(), strict=True):
-        points: dict[int, list[float]] = {}
-        for row in rows:
-            if row["arm"] == arm and int(row["step"]):
-                points.setdefault(int(row["tokens"]), []).append(float(row["valid_loss"]))
-        if points:
-            axes.plot(
-                [tokens / unit for tokens in points],
-                [statistics.mean(losses) for losses in points.values()],
-                color=colour, marker="o", markersize=3, linewidth=1.4, label=title,
-            )  # fmt: skip
-    axes.set_xlabel(f"training tokens ({'million' if unit == 1e6 else 'thousand'})")
-    axes.set_ylabel("validation loss (nats a token)")
-    axes.legend()
-    return figure
 
 
 def _bars(rows: list[Row]) -> Any:
     """Speed-up over dense of every timed case."""
-    figure, axes = _new_figure(8)
+    figure, axes = new_figure(8)
     timed = [row for row in rows if row["part"] in _PARTS][::-1]
     colours = dict(zip(_PARTS, COLOURS[1:], strict=False))
     axes.barh(

@@ -39,7 +39,11 @@ TECHNIQUES: tuple[TechniqueRow, ...] = (
         "double-pruned N:M sparse weights",
     ),
     TechniqueRow(
-        "rmm", ("rmm",), "ds_efficient.rmm.config:RmmConfig", None, "weight gradients from a random sketch"
+        "rmm",
+        ("rmm",),
+        "ds_efficient.rmm.config:RmmConfig",
+        "ds_efficient.rmm.technique:RmmTechnique",
+        "weight gradients from a random sketch",
     ),
     TechniqueRow(
         "mkor", ("mkor",), "ds_efficient.mkor.config:MkorConfig", None, "second-order rank-1 preconditioning"

@@ -45,24 +45,36 @@ class SequenceParallelRegion:
     def __init__(self, group: Any) -> None:
         self.group = group
 
+    @property
+    def shards(self) -> int:
+        """Number of ranks whose rows are gathered."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def shard(self) -> int:
+        """Place of this rank's rows."""
+        return dist.get_rank(self.group)
+
     def enter(self, x: Tensor) -> Tensor:
         """Gather the rows."""
         _refuse_recording(x)
         rows, *features = x.shape
-        whole = x.new_empty((rows * dist.get_world_size(self.group), *features))
+        whole = x.new_empty((rows * self.shards, *features))
         _all_gather(whole, x.contiguous(), group=self.group)
         return whole
 
     def leave(self, dx: Tensor) -> Callable[[], Tensor]:
         """Start the reduce-scatter of the rows."""
         rows, *features = dx.shape
-        local = dx.new_empty((rows // dist.get_world_size(self.group), *features))
+        local = dx.new_empty((rows // self.shards, *features))
         work = _reduce_scatter(local, dx.contiguous(), group=self.group, async_op=True)
         return _waiter(work, local)
 
 
 class TensorParallelRegion:
     """The same rows on every rank; the gradient is summed over the ranks on the way out."""
+
+    shards, shard = 1, 0
 
     def __init__(self, group: Any) -> None:
         self.group = group

@@ -118,13 +118,20 @@ def _autos(model: type[Section], data: Any, where: Path) -> Iterator[tuple[Path,
             continue
         inner = section_of(field.annotation)
         if value == AUTO or (inner is None and isinstance(value, list) and AUTO in value):
-            if AUTO not in _properties(model)[key].get("enum", ()):
+            if not _lists(_properties(model)[key], AUTO):
                 yield (*where, key), field, model
         elif inner is not None and isinstance(value, list):
             for index, item in enumerate(value):
                 yield from _autos(inner, item, (*where, key, index))
         elif inner is not None:
             yield from _autos(inner, value, (*where, key))
+
+
+def _lists(schema: Mapping[str, Any], value: str) -> bool:
+    """Whether a key's schema names `value` itself."""
+    if value in schema.get("enum", ()) or schema.get("const") == value:
+        return True
+    return any(_lists(one, value) for one in schema.get("anyOf", ()))
 
 
 def _locate(model: type[Section], location: Sequence[int | str]) -> tuple[Path, type[Section]]:

@@ -181,6 +181,7 @@ def _choose_config(args: Any, config: Any, config_params: Any) -> Any:
 def _run_context(settings: EfficiencyConfig, mpu: Any, total_steps: int | None) -> RunContext:
     """Gather ranks and sizes from `mpu`, or from torch.distributed without one."""
     initialized = dist.is_initialized()
+    micro_batch = settings.deepspeed.get("train_micro_batch_size_per_gpu")
     rank, size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
     def ask(name: str, default: int) -> int:
@@ -197,6 +198,7 @@ def _run_context(settings: EfficiencyConfig, mpu: Any, total_steps: int | None) 
         pipeline_parallel_rank=ask("get_pipeline_model_parallel_rank", 0),
         pipeline_parallel_size=ask("get_pipeline_model_parallel_world_size", 1),
         zero_stage=int(settings.deepspeed.get("zero_optimization", {}).get("stage", 0)),
+        micro_batch_size=micro_batch if isinstance(micro_batch, int) else None,
     )
 
 

@@ -25,6 +25,14 @@ class Region(Protocol):
     ``torch.autograd.Function``. Inputs may be flattened to (rows, features): everything is along dimension 0.
     """
 
+    @property
+    def shards(self) -> int:
+        """Number of ranks whose rows `enter` joins: 1 unless under sequence parallelism."""
+
+    @property
+    def shard(self) -> int:
+        """Place of this rank's rows among them."""
+
     def enter(self, x: Tensor) -> Tensor:
         """Return what the product sees of the local input.
 
@@ -59,6 +67,8 @@ class Region(Protocol):
 
 class LocalRegion:
     """The `Region` of a layer that communicates nothing around its product."""
+
+    shards, shard = 1, 0
 
     def enter(self, x: Tensor) -> Tensor:
         """Return `x`."""

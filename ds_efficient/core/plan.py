@@ -122,6 +122,7 @@ def _plan_actions(
         tensor_parallel_size=layout.tensor,
         pipeline_parallel_size=layout.pipeline,
         zero_stage=layout.zero_stage,
+        micro_batch_size=layout.micro_batch_size,
     )
     return {
         technique.name: list(technique.plan(inventory)) for technique in build_techniques(config, context)

@@ -31,6 +31,7 @@ class RunContext:
         tensor_parallel_rank, tensor_parallel_size: place in the tensor-parallel group.
         pipeline_parallel_rank, pipeline_parallel_size: place in the pipeline.
         zero_stage: DeepSpeed's ``zero_optimization.stage``.
+        micro_batch_size: samples of one pass of one data-parallel rank, or None where it is not known.
     """
 
     seed: int = 1234
@@ -42,6 +43,7 @@ class RunContext:
     pipeline_parallel_rank: int = 0
     pipeline_parallel_size: int = 1
     zero_stage: int = 0
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True)

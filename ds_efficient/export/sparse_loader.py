@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_efficient.core.plain_linears import is_conv1d
 from ds_efficient.errors import UserError
 from ds_efficient.export import formats
-from ds_efficient.slope.linear import SlopeLinear, is_conv1d
+from ds_efficient.slope.linear import SlopeLinear
 
 
 class AdapterLinear(nn.Module):

@@ -55,36 +55,39 @@ class OpSpec:
         return [CSRC / folder for folder in self.include]
 
 
+def _rows(
+    name: str, title: str, *, cuda: tuple[str, ...], libraries: tuple[str, ...] = ()
+) -> tuple[OpSpec, OpSpec]:
+    """The two rows of an op whose files carry its name.
+
+    Args:
+        name: op; its sources are in ``csrc/<name>/`` and its builders are ``<Name>CPUBuilder`` and
+            ``<Name>CUDABuilder`` in ``ds_efficient.op_builder.<name>``. The C++ source is ``<name>_cpu.cpp``.
+        title: what it computes.
+        cuda: names of the CUDA sources, without folder and ending.
+        libraries: CUDA libraries to link.
+    """
+    builder = f"ds_efficient.op_builder.{name}:{name.title().replace('_', '')}"
+    include = ("common", name)
+    return (
+        OpSpec(name, "cpu", (f"{name}/{name}_cpu.cpp",), f"{builder}CPUBuilder", f"{title}, C++", include),
+        OpSpec(
+            name,
+            "cuda",
+            tuple(f"{name}/{source}.cu" for source in cuda),
+            f"{builder}CUDABuilder",
+            f"{title}, CUDA",
+            include,
+            libraries=libraries,
+        ),
+    )
+
+
 _SPECS = (
-    OpSpec(
-        name="keyed_random",
-        device="cpu",
-        sources=("keyed_random/keyed_random_cpu.cpp",),
-        builder="ds_efficient.op_builder.keyed_random:KeyedRandomCPUBuilder",
-        title="counter-based random numbers, C++",
-    ),
-    OpSpec(
-        name="keyed_random",
-        device="cuda",
-        sources=("keyed_random/keyed_random_cuda.cu",),
-        builder="ds_efficient.op_builder.keyed_random:KeyedRandomCUDABuilder",
-        title="counter-based random numbers, CUDA",
-    ),
-    OpSpec(
-        name="slope",
-        device="cpu",
-        sources=("slope/slope_cpu.cpp",),
-        builder="ds_efficient.op_builder.slope:SlopeCPUBuilder",
-        title="N:M sparse matrices, C++",
-        include=("common", "slope"),
-    ),
-    OpSpec(
-        name="slope",
-        device="cuda",
-        sources=("slope/slope_cuda.cu", "slope/slope_operands.cu"),
-        builder="ds_efficient.op_builder.slope:SlopeCUDABuilder",
-        title="N:M sparse matrices, CUDA",
-        include=("common", "slope"),
+    *_rows("keyed_random", "counter-based random numbers", cuda=("keyed_random_cuda",)),
+    *_rows("slope", "N:M sparse matrices", cuda=("slope_cuda", "slope_operands")),
+    *_rows(
+        "rmm", "random sketches", cuda=("rmm_cuda", "rmm_tensor", "rmm_float", "rmm_gather", "rmm_hadamard")
     ),
 )
 

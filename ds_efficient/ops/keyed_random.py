@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
-from ds_efficient.ops import keyed_random_native as native
 from ds_efficient.ops import keyed_random_reference as reference
+from ds_efficient.ops.keyed_random_native import Library
 
 BACKENDS = ("auto", "native", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -150,15 +150,25 @@ def sample_k_of_n(
     return torch.ops.ds_efficient.keyed_choice(key, n, k, batch, offset, device, backend)
 
 
-def _checked(
-    key: Key | int, shape: int | Sequence[int], offset: int, device: torch.device | str, backend: str
-) -> tuple[int, list[int], torch.device]:
-    """Validate; return the key as the signed number that an operator takes, sizes, device with index."""
+def signed_key(key: Key | int) -> int:
+    """The key as the signed 64-bit number that operators take.
+
+    Raises:
+        UserError: it is no 64-bit key.
+    """
     value = key.value if isinstance(key, Key) else operator.index(key)
     if not 0 <= value < 2**64:
         raise UserError(
             f"key={value} is out of range; allowed: 0 <= key < 2^64, for example from derive_key(...)"
         )
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _checked(
+    key: Key | int, shape: int | Sequence[int], offset: int, device: torch.device | str, backend: str
+) -> tuple[int, list[int], torch.device]:
+    """Validate; return the key as the signed number that an operator takes, sizes, device with index."""
+    number = signed_key(key)
     sizes = [shape] if isinstance(shape, int) else list(shape)
     if any(size < 0 for size in sizes):
         raise UserError(f"shape={tuple(sizes)} has a negative size")
@@ -169,7 +179,7 @@ def _checked(
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
-    return value - 2**64 if value >= 2**63 else value, sizes, place
+    return number, sizes, place
 
 
 def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -184,7 +194,7 @@ _UNSIGNED = 2**64 - 1
 def _bits_op(key: int, shape: Sequence[int], offset: int, device: torch.device, backend: str) -> Tensor:
     if device.type == "meta":
         return _bits_fake(key, shape, offset, device, backend)
-    library = native.select(device, backend)
+    library = Library.for_device(device, backend)
     if library is None:
         return reference.bits(key & _UNSIGNED, offset, math.prod(shape), device).view(shape)
     return library.bits(key & _UNSIGNED, offset, torch.empty(shape, dtype=torch.int32, device=device))
@@ -199,7 +209,7 @@ def _uniform_op(
 ) -> Tensor:
     if device.type == "meta":
         return _float_fake(key, shape, offset, dtype, device, backend)
-    library = native.select(device, backend)
+    library = Library.for_device(device, backend)
     if library is None:
         return reference.uniform(key & _UNSIGNED, offset, math.prod(shape), dtype, device).view(shape)
     return library.uniform(key & _UNSIGNED, offset, torch.empty(shape, dtype=dtype, device=device))
@@ -210,7 +220,7 @@ def _normal_op(
 ) -> Tensor:
     if device.type == "meta":
         return _float_fake(key, shape, offset, dtype, device, backend)
-    library = native.select(device, backend)
+    library = Library.for_device(device, backend)
     if library is None:
         return reference.normal(key & _UNSIGNED, offset, math.prod(shape), dtype, device).view(shape)
     return library.normal(key & _UNSIGNED, offset, torch.empty(shape, dtype=dtype, device=device))
@@ -227,7 +237,7 @@ def _choice_op(
 ) -> Tensor:
     if device.type == "meta":
         return _choice_fake(key, n, k, batch, offset, device, backend)
-    library = native.select(device, backend)
+    library = Library.for_device(device, backend)
     if library is None:
         return reference.choice(key & _UNSIGNED, offset, batch, n, k, device)
     return library.choice(key & _UNSIGNED, offset, n, torch.empty(batch, k, dtype=torch.int64, device=device))

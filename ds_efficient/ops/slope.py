@@ -27,6 +27,7 @@ from torch import Tensor
 from ds_efficient.errors import UserError
 from ds_efficient.ops import slope_operators as operators
 from ds_efficient.ops import slope_reference as reference
+from ds_efficient.ops.native import is_plain
 
 BACKENDS = ("auto", "native", "reference")
 GROUP_SIZES = (2, 4, 8, 16, 32)
@@ -135,12 +136,12 @@ def decompress(
     """
     _check_values(values, forward_mask, backward_mask, in_features, n, m, backend)
     if out is None:
-        run = operators.decompress if _is_plain(values) else torch.ops.ds_efficient.slope_decompress
+        run = operators.decompress if is_plain(values) else torch.ops.ds_efficient.slope_decompress
         return run(values, forward_mask, backward_mask, in_features, n, m, backend)
     _check_out(out, values)
     if tuple(out.shape) != (values.shape[0], in_features):
         raise UserError(f"out has shape {tuple(out.shape)}; expected {(values.shape[0], in_features)}")
-    into = operators.decompress_into if _is_plain(values) else torch.ops.ds_efficient.slope_decompress_into
+    into = operators.decompress_into if is_plain(values) else torch.ops.ds_efficient.slope_decompress_into
     into(values, forward_mask, backward_mask, out, n, m, backend)
     return out
 
@@ -163,7 +164,7 @@ def compress(dense: Tensor, forward_mask: Tensor, *, n: int, m: int, backend: st
     out, columns = dense.shape
     _check_pattern(n, m, columns)
     _check_mask_shape("forward_mask", forward_mask, out, columns, dense.device)
-    run = operators.compress if _is_plain(dense) else torch.ops.ds_efficient.slope_compress
+    run = operators.compress if is_plain(dense) else torch.ops.ds_efficient.slope_compress
     return run(dense, forward_mask, n, m, backend)
 
 
@@ -246,7 +247,7 @@ def write_operand(
             f"out has shape {tuple(out.shape)} with first_row={first_row}; expected (rows, {columns // 2}) "
             f"with first_row >= 0 and first_row + rows <= {rows}"
         )
-    run = operators.write_operand if _is_plain(values) else torch.ops.ds_efficient.slope_write_operand
+    run = operators.write_operand if is_plain(values) else torch.ops.ds_efficient.slope_write_operand
     run(values, forward_mask, backward_mask, out, in_features, n, m, first_row, backend)
 
 
@@ -276,15 +277,6 @@ def operand_pattern(
     if length % 4:
         raise UserError(f"{name}={length}; a 2:4 operand needs a multiple of 4")
     return torch.ops.ds_efficient.slope_operand_pattern(mask, in_features, dtype, transposed, backend)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether nobody needs to see an operator, whose dispatch costs ten microseconds in each step."""
-    return (
-        type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-    )
 
 
 def _check_backend(backend: str) -> None:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ds_efficient.errors import UserError
-from ds_efficient.ops import slope_native as native
 from ds_efficient.ops import slope_reference as reference
+from ds_efficient.ops.slope_native import Library
 
 
 def _pack_mask_fake(mask: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def decompress(
     values: Tensor, forward: Tensor, backward: Tensor | None, columns: int, n: int, m: int, backend: str
 ) -> Tensor:
     """Run `ds_efficient.ops.slope.decompress`, arguments checked."""
-    library = native.select(values.device, backend)
+    library = Library.for_device(values.device, backend)
     if library is None:
         return reference.decompress(values, forward, columns, backward)
     return library.decompress(values, forward, backward, values.new_empty(values.shape[0], columns), n, m)
@@ -36,7 +36,7 @@ def decompress_into(
     values: Tensor, forward: Tensor, backward: Tensor | None, out: Tensor, n: int, m: int, backend: str
 ) -> None:
     """The same into a given tensor."""
-    library = native.select(values.device, backend)
+    library = Library.for_device(values.device, backend)
     if library is None:
         out.copy_(reference.decompress(values, forward, out.shape[1], backward))
     else:
@@ -51,7 +51,7 @@ def _decompress_into_fake(
 
 def compress(dense: Tensor, forward: Tensor, n: int, m: int, backend: str) -> Tensor:
     """Run `ds_efficient.ops.slope.compress`, arguments checked."""
-    library = native.select(dense.device, backend)
+    library = Library.for_device(dense.device, backend)
     if library is None:
         return reference.compress(dense, forward, n, m)
     return library.compress(dense, forward, _compress_fake(dense, forward, n, m, backend), n, m)
@@ -62,7 +62,7 @@ def _compress_fake(dense: Tensor, forward: Tensor, n: int, m: int, backend: str)
 
 
 def _select_columns(values: Tensor, forward: Tensor, columns: int, n: int, m: int, backend: str) -> Tensor:
-    library = native.select(values.device, backend)
+    library = Library.for_device(values.device, backend)
     if library is None:
         return reference.select_columns(values, forward, columns, n, m)
     return library.select(values, forward, torch.empty_like(forward), columns, n, m)
@@ -86,7 +86,7 @@ def write_operand(
     backend: str,
 ) -> None:
     """Run `ds_efficient.ops.slope.write_operand`, arguments checked."""
-    library = native.select(values.device, backend)
+    library = Library.for_device(values.device, backend)
     if library is None:
         out.copy_(reference.operand(values, forward, columns, backward, first_row, out.shape[0]))
     else:
@@ -115,7 +115,7 @@ def _operand_pattern(
             f"mask keeps more than two positions in a group of 4 of a {'column' if transposed else 'row'}; "
             "a 2:4 operand holds two"
         )
-    library = native.select(mask.device, backend)
+    library = Library.for_device(mask.device, backend)
     if library is None:
         return reference.operand_pattern(mask, columns, dtype, transposed)
     out = _operand_pattern_fake(mask, columns, dtype, transposed, backend)

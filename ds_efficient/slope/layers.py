@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING
 
 from ds_efficient.config.fields import parse_layers, parse_pattern
+from ds_efficient.core.plain_linears import global_name, reason_to_leave
 from ds_efficient.core.technique import Action, RunContext
 from ds_efficient.slope.config import SlopeConfig
 from ds_efficient.slope.operands import LayerShape
@@ -14,7 +14,6 @@ from ds_efficient.slope.operands import LayerShape
 if TYPE_CHECKING:
     from ds_efficient.core.inventory import Inventory, ModuleInfo
 
-_LAYER_NUMBER = re.compile(r"((?:^|\.)(?:layers|layer|h|blocks|block)\.)\d+(?=\.|$)")
 _OPERAND_BYTES = 2  # sparse products run in bf16 and fp16
 
 
@@ -34,7 +33,8 @@ def _action(
 ) -> Action:
     pattern = config.pattern if module.layer is None else patterns.get(module.layer, config.pattern)
     n, m = parse_pattern(pattern)
-    reason = _reason_to_skip(module, config, shared) or _misfit(module, config, context, m)
+    reason = reason_to_leave(module, config.modules, config.exclude, shared)
+    reason = reason or _misfit(module, config, context, m)
     if reason:
         return Action(module.name, "skip", reason)
     size = module.out_features * module.in_features
@@ -64,20 +64,6 @@ def _action(
     )
 
 
-def _reason_to_skip(module: ModuleInfo, config: SlopeConfig, shared: set[str | None]) -> str:
-    if module.matches(config.exclude):
-        return "excluded"
-    if module.kind == "output":
-        return "projection onto the vocabulary"
-    if not module.matches(config.modules):
-        return "not in modules"
-    if module.tied_to is not None or module.name in shared:
-        return "shares its weight"
-    if module.parameters < module.in_features * module.out_features:
-        return "its weight is computed from other parameters"
-    return ""
-
-
 def _misfit(module: ModuleInfo, config: SlopeConfig, context: RunContext, m: int) -> str:
     """Return why groups of M do not fit this layer's shards, or an empty text."""
     parts = context.tensor_parallel_size
@@ -92,8 +78,3 @@ def _misfit(module: ModuleInfo, config: SlopeConfig, context: RunContext, m: int
     if config.double_prune and outputs % (m * cut_out):
         return f"out_features {outputs}{shards if cut_out > 1 else ''} not a multiple of M={m}"
     return ""
-
-
-def global_name(name: str, layer: int | None) -> str:
-    """Return a module's name as if all pipeline stages were one model: the key of its random draws."""
-    return name if layer is None else _LAYER_NUMBER.sub(lambda found: f"{found[1]}{layer}", name, count=1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ds_efficient.config.fields import parse_pattern
 from ds_efficient.core.keys import Key
+from ds_efficient.core.plain_linears import is_conv1d
 from ds_efficient.errors import UserError
 from ds_efficient.ops import slope as ops
 from ds_efficient.ops.keyed_random import uniform
@@ -306,9 +307,3 @@ def dense_weight_of(linear: nn.Module) -> Tensor:
         f"from_linear: {type(linear).__name__} is not supported; allowed: torch.nn.Linear, "
         "transformers' Conv1D"
     )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, known by its name: a linear layer with weight (in, out)."""
-    weight: Any = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None

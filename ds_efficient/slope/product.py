@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_efficient.core.keys import Key
 from ds_efficient.core.linear_seam import Cut, LocalRegion, Region
+from ds_efficient.core.weight_gradient import WeightGradient
 from ds_efficient.errors import UserError
 from ds_efficient.ops import slope as ops
 from ds_efficient.ops.keyed_random import normal
@@ -80,6 +81,7 @@ class SparseProduct(nn.Module):
         self.adapter_down: nn.Parameter | None = None
         self.adapter_up: nn.Parameter | None = None
         self.adapter_active = False
+        self.weight_gradient_source: WeightGradient | None = None
         self._ran = [0, 0]  # in a list, since setting an attribute of a module costs microseconds
 
     @property
@@ -91,6 +93,19 @@ class SparseProduct(nn.Module):
     def input_gradients(self) -> int:
         """How often the input gradient was computed."""
         return self._ran[1]
+
+    def weight_gradient_by(self, source: WeightGradient) -> None:
+        """Estimate dY^T X by `source`, from what it keeps; the adapter's R takes its gradient from it too.
+
+        Raises:
+            UserError: there is a source already.
+        """
+        if self.weight_gradient_source is not None:
+            raise UserError(
+                f"{self.operands.name or 'slope'}: the weight gradient is estimated already; exclude the "
+                "layer from one of the techniques"
+            )
+        self.weight_gradient_source = source
 
     def extra_repr(self) -> str:
         """Return sizes and pattern."""
@@ -219,7 +234,12 @@ class SparseProduct(nn.Module):
             x, weight = x.to(dtype), weight.to(dtype)
             down, up = _cast(down, dtype), _cast(up, dtype)
         self._ran[0] += 1
-        return _SparseLinear.apply(x, weight, down, up, self, region or _LOCAL)
+        source = self.weight_gradient_source
+        if source is None or not (self.training and torch.is_grad_enabled()):
+            return _SparseLinear.apply(x, weight, down, up, self, region or _LOCAL, None)
+        if torch.compiler.is_compiling():
+            return _apply_outside_graphs(x, weight, down, up, self, region or _LOCAL, source)
+        return _SparseLinear.apply(x, weight, down, up, self, region or _LOCAL, source)
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x (W^R)^T of (tokens, in), (tokens, out); no gradient."""
@@ -243,6 +263,12 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
+@torch._disable_dynamo  # as torch.compiler.disable, without importing the compiler
+def _apply_outside_graphs(*arguments: Any) -> Tensor:
+    """Apply where torch.compile, which cannot trace what a source does, does not look."""
+    return _SparseLinear.apply(*arguments)
+
+
 class _SparseLinear(torch.autograd.Function):
     """The three products; saves the parameters themselves, which ZeRO-3 gathers again for the backward."""
 
@@ -255,6 +281,7 @@ class _SparseLinear(torch.autograd.Function):
         up: Tensor | None,
         product: SparseProduct,
         region: Region,
+        source: WeightGradient | None,
     ) -> Tensor:
         seen = region.enter(x)
         flat = seen.reshape(-1, seen.shape[-1]).contiguous()
@@ -263,27 +290,43 @@ class _SparseLinear(torch.autograd.Function):
         if down is not None and up is not None:
             low = flat @ down.t()
             y.addmm_(low, up.t())
-        ctx.save_for_backward(x, weight, down, up, low)
-        ctx.product, ctx.region = product, region
+        needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        kept = (x,) if source is None else source.keep(x, region) if needed else ()
+        ctx.save_for_backward(weight, down, up, low, *kept)
+        ctx.product, ctx.region, ctx.source = product, region, source
         return y.view(*seen.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, down, up, low = ctx.saved_tensors
-        product, region = ctx.product, ctx.region
+        weight, down, up, low, *kept = ctx.saved_tensors
+        product, region, source = ctx.product, ctx.region, ctx.source
         needs_x, needs_weight, needs_down, needs_up = ctx.needs_input_grad[:4]
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
-        spread = flat @ up if needs_down or (needs_x and up is not None) else None
+        needs_spread = up is not None and (needs_x or (needs_down and source is None))
+        spread = flat @ up if needs_spread else None
         # Before the input's gradient is on its way: transfers of one group run one after another.
-        seen = region.enter(x).reshape(-1, x.shape[-1]) if needs_weight or needs_down else None
+        seen: tuple[Tensor, ...] = ()
+        if needs_weight or needs_down:
+            if source is None:
+                seen = (region.enter(kept[0]).reshape(-1, kept[0].shape[-1]),)
+            else:
+                seen = source.gather(tuple(kept), region)
         finish = None
         if needs_x:
             dx = product.input_gradient(flat, weight)
             if spread is not None:
                 dx.addmm_(spread, down)
             finish = region.leave(dx.view(*dy.shape[:-1], dx.shape[-1]))
-        d_weight = product.weight_gradient(flat, seen) if needs_weight else None
-        d_down = spread.t() @ seen if spread is not None and needs_down else None
+        d_weight = d_down = None
+        if source is None:
+            if needs_weight:
+                d_weight = product.weight_gradient(flat, seen[0])
+            if needs_down and spread is not None:
+                d_down = spread.t() @ seen[0]
+        elif seen:  # dR = (dY L)^T X = L^T (dY^T X), of the one estimate
+            dense = source.gradient(flat, seen)
+            d_weight = product.compress(dense) if needs_weight else None
+            d_down = up.t() @ dense if needs_down else None
         d_up = flat.t() @ low if needs_up else None
-        return (finish() if finish is not None else None), d_weight, d_down, d_up, None, None
+        return (finish() if finish is not None else None), d_weight, d_down, d_up, None, None, None

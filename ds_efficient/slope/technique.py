@@ -14,11 +14,12 @@ from ds_efficient.config.fields import parse_pattern
 from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.core.keys import Key
 from ds_efficient.core.linear_seam import Cut, LinearSeam
+from ds_efficient.core.plain_linears import is_conv1d, replace_everywhere
 from ds_efficient.core.technique import Action, Evidence, RunContext, StepContext, Technique
 from ds_efficient.errors import UserError
 from ds_efficient.slope.config import SlopeConfig
 from ds_efficient.slope.layers import plan_layers
-from ds_efficient.slope.linear import SlopeLinear, dense_weight_of, is_conv1d
+from ds_efficient.slope.linear import SlopeLinear, dense_weight_of
 from ds_efficient.slope.masks import magnitude_mask, random_mask
 from ds_efficient.slope.operands import LayerShape
 from ds_efficient.slope.product import SparseProduct
@@ -98,10 +99,7 @@ class SlopeTechnique(Technique[SlopeConfig]):
             backend=config.backend,
         )
         layer.slope.operands.name = action.module
-        places = [name for name, module in model.named_modules(remove_duplicate=False) if module is linear]
-        for place in places:  # more than one where the model uses the layer twice
-            parent, _, leaf = place.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+        replace_everywhere(model, linear, layer)
         return layer, layer.slope
 
     def _install(self, layer: Any, action: Action) -> SparseProduct:
@@ -273,7 +271,7 @@ class SlopeTechnique(Technique[SlopeConfig]):
             f"{len(self.layers)} of {self._total_linears} linear layers sparse, {ran} ran, density "
             f"{density:.4f}, column pass takes {self._column_loss:.2%} of the squared norm, "
             f"{sparse} of {len(chosen)} kinds of product on cuSPARSELt, adapters {adapters}, "
-            f"weights with masks and operands {self._saved_bytes() / 2**20:,.1f} MiB smaller than dense"
+            f"weights with masks and operands {_difference(self._saved_bytes())}"
         )
         counts = {
             "layers": len(self.layers),
@@ -307,6 +305,13 @@ class SlopeTechnique(Technique[SlopeConfig]):
         for _, _, product in self.layers:
             product.adapter_active = self.adapters_active and product.adapter_down is not None
         self._renew_operands()
+
+
+def _difference(saved: int) -> str:
+    """Say how many bytes less or more than dense weights are held."""
+    if saved >= 0:
+        return f"{saved / 2**20:,.1f} MiB smaller than dense"
+    return f"{-saved / 2**20:,.1f} MiB larger than dense, gradients and optimizer states smaller"
 
 
 def _check_kind(name: str, module: nn.Module) -> None:

@@ -48,6 +48,7 @@ def test_the_files_that_the_documentation_names_are_there():
         "fused_bf16",
         "monitored",
         "slope",
+        "rmm",
     }
 
 
@@ -60,8 +61,9 @@ def test_one_key_of_the_quickstart_switches_slope_on():
     assert config.warnings == []
 
 
-def test_the_slope_file_has_slope_alone_switched_on():
-    assert [row.name for row in load_config(ROOT / "ds_configs" / "slope.json").enabled()] == ["slope"]
+@pytest.mark.parametrize("name", ["slope", "rmm"])
+def test_the_file_of_a_technique_has_it_alone_switched_on(name):
+    assert [row.name for row in load_config(ROOT / "ds_configs" / f"{name}.json").enabled()] == [name]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=by_name)

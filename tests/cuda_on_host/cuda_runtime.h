@@ -1,5 +1,6 @@
 // The part of CUDA that this project's kernels use, on the host: a block at a time, its threads as fibers that run
-// from barrier to barrier. For tests of the kernels' arithmetic where there is no GPU; tells nothing about races.
+// from barrier to barrier, a warp ahead of the others as far as it can, odd blocks from the last warp down. For tests
+// of the kernels' arithmetic where there is no GPU; finds missing barriers of a block, but not every race.
 #pragma once
 #include <ucontext.h>
 
@@ -7,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -25,6 +27,8 @@ inline Index threadIdx, blockIdx, gridDim;
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaMemcpyDeviceToDevice = 3 };
+enum Attribute { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -41,6 +45,16 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int
   return cudaSuccess;
 }
 
+// A small device, so that persistent blocks take several tiles, with the shared memory of compute capability 8.9.
+inline cudaError_t cudaDeviceGetAttribute(int* value, Attribute which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount ? 2 : 101376;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
+  return bytes <= 101376 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 namespace host {
 
 [[noreturn]] inline void fail(const char* why) {
@@ -53,14 +67,27 @@ inline void check_alignment(const void* address, size_t bytes) {
 }
 
 enum State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, zeros;
+};
 struct Fiber {
   ucontext_t context;
   State state = kReady;
   bool predicate = false;
-  unsigned ballot = 0;
+  unsigned ballot = 0, exchanges = 0;
+  std::vector<Copy> open;                   // asynchronous copies of the group that is not committed
+  std::deque<std::vector<Copy>> committed;  // and of those that are not waited for
+};
+struct Exchange {
+  char bytes[32];
 };
 inline std::vector<Fiber> fibers;
 inline std::vector<std::vector<char>> stacks;
+inline std::vector<Exchange> exchanged[2];
+inline std::vector<uint4> dynamic;
+inline size_t dynamic_bytes = 0;
 inline std::function<void()> kernel;
 inline ucontext_t scheduler;
 
@@ -91,8 +118,51 @@ inline void release_warp(size_t first) {
   }
 }
 
+// What the 32 threads of a warp give, by lane. Two buffers in turn: a thread that runs ahead stops at the next barrier.
+inline const Exchange* exchange(const void* mine, size_t bytes) {
+  std::vector<Exchange>& all = exchanged[fibers[threadIdx.x].exchanges++ % 2];
+  memcpy(all[threadIdx.x].bytes, mine, bytes);
+  wait_at(kAtWarpBarrier);
+  return &all[threadIdx.x / 32 * 32];
+}
+
+// The dynamic shared memory: no number in it is finite before a block writes one, and what follows it is guarded.
+inline char* dynamic_memory() { return reinterpret_cast<char*>(dynamic.data()); }
+constexpr size_t kGuard = 256;
+
+inline void fill_dynamic() {
+  dynamic.resize((dynamic_bytes + kGuard + sizeof(uint4) - 1) / sizeof(uint4));
+  memset(dynamic.data(), 0xff, dynamic.size() * sizeof(uint4));
+}
+
+inline void check_dynamic() {
+  for (size_t i = 0; i < kGuard; ++i) {
+    if (dynamic_memory()[dynamic_bytes + i] != static_cast<char>(0xff)) fail("write behind the shared memory");
+  }
+}
+
+// Run a warp as far as it gets without the others: what a missing barrier of the block leaves undone is then seen.
+inline bool run_warp(size_t first) {
+  for (bool ran = false;; ran = true) {
+    bool ready = false;
+    for (size_t i = first; i < first + 32; ++i) {
+      threadIdx.x = static_cast<unsigned>(i);
+      if (fibers[i].state != kReady) continue;
+      ready = true;
+      swapcontext(&scheduler, &fibers[i].context);
+    }
+    if (all_at(first, 32, kAtWarpBarrier)) {
+      release_warp(first);
+    } else if (!ready) {
+      return ran;
+    }
+  }
+}
+
 inline void run_block(size_t threads) {
   fibers.assign(threads, Fiber());
+  for (std::vector<Exchange>& all : exchanged) all.resize(threads);
+  fill_dynamic();
   stacks.resize(threads, std::vector<char>(1 << 16));
   for (size_t i = 0; i < threads; ++i) {
     ucontext_t& context = fibers[i].context;
@@ -103,23 +173,14 @@ inline void run_block(size_t threads) {
     makecontext(&context, run_fiber, 0);
   }
   for (;;) {
-    for (size_t i = 0; i < threads; ++i) {
-      threadIdx.x = static_cast<unsigned>(i);
-      if (fibers[i].state == kReady) swapcontext(&scheduler, &fibers[i].context);
-    }
-    if (all_at(0, threads, kDone)) return;
-    bool released = false;
+    bool ran = false;
+    for (size_t i = 0; i < threads; i += 32) ran |= run_warp(blockIdx.x % 2 ? threads - 32 - i : i);
+    if (all_at(0, threads, kDone)) return check_dynamic();
     if (all_at(0, threads, kAtBlockBarrier)) {
       for (Fiber& fiber : fibers) fiber.state = kReady;
-      released = true;
+    } else if (!ran) {
+      fail("threads wait at different barriers");
     }
-    for (size_t first = 0; first < threads; first += 32) {
-      if (all_at(first, 32, kAtWarpBarrier)) {
-        release_warp(first);
-        released = true;
-      }
-    }
-    if (!released) fail("threads wait at different barriers");
   }
 }
 
@@ -127,11 +188,13 @@ template <typename Kernel>
 struct Launch {
   Kernel function;
   unsigned blocks, threads;
+  size_t bytes;
 
   template <typename... Arguments>
   void operator()(Arguments... arguments) {
     if (blocks == 0) fail("launch of no blocks");
     gridDim.x = blocks;
+    dynamic_bytes = bytes;
     kernel = [=] { function(arguments...); };
     for (unsigned block = 0; block < blocks; ++block) {
       blockIdx.x = block;
@@ -141,8 +204,8 @@ struct Launch {
 };
 
 template <typename Kernel>
-Launch<Kernel> launch(Kernel function, unsigned blocks, unsigned threads, int, cudaStream_t) {
-  return Launch<Kernel>{function, blocks, threads};
+Launch<Kernel> launch(Kernel function, unsigned blocks, unsigned threads, size_t bytes, cudaStream_t) {
+  return Launch<Kernel>{function, blocks, threads, bytes};
 }
 
 }  // namespace host
@@ -154,6 +217,16 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   host::wait_at(host::kAtWarpBarrier);
   return host::fibers[threadIdx.x].ballot;
 }
+
+inline void __syncwarp() { host::wait_at(host::kAtWarpBarrier); }
+
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
+  const host::Exchange* const all = host::exchange(&value, sizeof value);
+  memcpy(&value, all[(threadIdx.x % 32) ^ static_cast<unsigned>(mask)].bytes, sizeof value);
+  return value;
+}
+
+inline int __popc(uint32_t word) { return __builtin_popcount(word); }
 
 template <typename T>
 T __ldg(const T* from) {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,19 +12,18 @@ from typing import Any
 import pytest
 from house_rules import ROOT
 
-PARTS = ("kernels", "products", "adapters", "layers", "on_the_cpu", "quality")
+PARTS = ("kernels", "products", "adapters", "layers", "on_the_cpu", "quality", "learning_rates", "steps")
 COMMON = {"device": "Some GPU", "torch": "2.0", "cuda": "13.0", "python": "3.12", "commit": "abc",
           "command": "python x.py"}  # fmt: skip
 
 
 @pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module, reading from an empty folder."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     module = importlib.import_module("slope_results")
-    monkeypatch.setattr(module, "DATA", tmp_path)
-    yield module
-    sys.modules.pop("slope_results", None)
+    monkeypatch.setattr(importlib.import_module("result_tables"), "DATA", tmp_path)
+    return module
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
@@ -100,3 +98,30 @@ def test_every_measurement_in_the_repository_is_shown() -> None:
     for path in (ROOT / "docs" / "results" / "data").glob("slope_*.csv"):
         with open(path, newline="") as stream:
             assert next(csv.DictReader(stream))["command"] in text, path.name
+
+
+def test_steps_stand_beside_the_dense_model_of_their_size(results: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        {"case": f"{model}-{kind}", "tokens_per_second": speed, "model_tflops": 1.0, "peak_memory": memory}
+        for model, kind, speed, memory in (
+            ("a", "dense", 100, 2**31), ("a", "slope", 115, 2**30),
+            ("b", "fused", 10, 2**30), ("b", "slope", 9, 2**30),
+        )
+    ]  # fmt: skip
+    write(tmp_path, "training_step_slope", rows)
+    text = results.steps()
+    assert "| a-slope | 115 | 1.150x | 1 | 1.0 | 0.500 |" in text
+    assert "| b-slope | 9 | 0.900x | 1 | 1.0 | 1.000 |" in text
+
+
+def test_learning_rates_show_the_last_loss_of_each(results: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        {"size": "tiny", "arm": arm, "lr": lr, "step": step, "valid_loss": loss}
+        for arm, lr, step, loss in (
+            ("dense", 0.002, 1, 9.0), ("dense", 0.002, 2, 3.5),
+            ("slope", 0.002, 2, 4.25), ("dense", 0.001, 2, 3.0),
+        )
+    ]  # fmt: skip
+    write(tmp_path, "slope_learning_rates", rows)
+    text = results.learning_rates()
+    assert text.index("| 0.001 | 3.0000 | - |") < text.index("| 0.002 | 3.5000 | 4.2500 |")

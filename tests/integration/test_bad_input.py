@@ -45,7 +45,7 @@ CONFIG = {
     "automatic value": Mistake(
         ("train_micro_batch_size_per_gpu", "auto"), config={"train_micro_batch_size_per_gpu": "auto"}
     ),
-    "technique that is not there": Mistake(("rmm", "enabled"), config={"rmm": {"enabled": True}}),
+    "technique that is not there": Mistake(("mkor", "enabled"), config={"mkor": {"enabled": True}}),
     "missing": Mistake(("missing.json", "no such file"), "--deepspeed_config {folder}/missing.json"),
     "not JSON": Mistake(("broken.json", "not valid JSON"), "--deepspeed_config {folder}/broken.json"),
     "micro-batch of zero": Mistake(

@@ -19,8 +19,9 @@ from ds_efficient.errors import OpBuildError, UserError
 from ds_efficient.op_builder import toolchain
 from ds_efficient.op_builder.all_ops import CSRC
 from ds_efficient.ops import keyed_random as kr
-from ds_efficient.ops import keyed_random_native as native
 from ds_efficient.ops import keyed_random_reference as reference
+from ds_efficient.ops import native
+from ds_efficient.ops.keyed_random_native import Library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEYS = st.integers(0, 2**64 - 1)
@@ -271,8 +272,7 @@ def test_without_a_compiler_auto_gives_the_same_bits_and_says_so_and_native_stop
     expected = kr.normal(5, 1000, backend="native")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    native._library.cache_clear()
-    native._report_reference.cache_clear()
+    native.forget()
     try:
         with caplog.at_level("WARNING"):
             assert same_bits(kr.normal(5, 1000), expected)
@@ -281,10 +281,9 @@ def test_without_a_compiler_auto_gives_the_same_bits_and_says_so_and_native_stop
         with pytest.raises(OpBuildError, match=r'no-such-compiler(.|\n)*backend="reference"'):
             kr.normal(5, 1000, backend="native")
     finally:
-        native._library.cache_clear()
-        native._report_reference.cache_clear()
+        native.forget()
 
 
 def test_devices_without_native_code_are_refused_by_name():
     with pytest.raises(OpBuildError, match="'mps'"):
-        native.select(torch.device("mps"), "auto")
+        Library.for_device(torch.device("mps"), "auto")

@@ -6,66 +6,24 @@ What the kernels compute is checked where there is no GPU: indices, tiles, edges
 from __future__ import annotations
 
 import ctypes
-import math
-import re
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cuda_host import Guarded, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_efficient.op_builder import toolchain
 from ds_efficient.op_builder.all_ops import find_op
 from ds_efficient.ops import slope, slope_native
 from ds_efficient.ops import slope_reference as reference
 
-SHIM = Path(__file__).resolve().parent.parent / "cuda_on_host"
-SPEC = find_op("slope", "cuda")
 PATTERNS = ((2, 4), (1, 2), (1, 4), (2, 8), (4, 8), (2, 16), (3, 32), (1, 32))
-INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-GUARD = 16  # elements around a result that must stay as they were
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> ctypes.CDLL:
-    """The library, built from the sources that nvcc compiles, with launches written as calls."""
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    made = []
-    for source in SPEC.source_paths():
-        text, launches = re.subn(
-            r"(\w+(?:<[^<>()]*>)?)<<<(.+?)>>>\(", r"host::launch(\1, \2)(", source.read_text(), flags=re.S
-        )
-        assert launches and "<<<" not in text
-        made.append(folder / f"{source.stem}.cpp")
-        made[-1].write_text(text)
-    include = [f"-I{path}" for path in (SHIM, *SPEC.include_dirs())]
-    library = folder / "kernels.so"
-    command = [*toolchain.find_cxx(), "-std=c++17", "-O1", "-fPIC", "-shared", *include]
-    subprocess.run([*command, *map(str, made), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-class Guarded:
-    """A tensor at an odd address between guards.
-
-    Args:
-        shape, dtype: of the tensor.
-        offset: elements by which its start is moved from an aligned address.
-    """
-
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, offset: int) -> None:
-        self.buffer = torch.full((math.prod(shape) + 2 * GUARD + offset,), 77, dtype=dtype)
-        self.start = GUARD + offset
-        self.tensor = self.buffer[self.start : self.start + math.prod(shape)].view(shape)
-
-    def equals(self, expected: torch.Tensor) -> bool:
-        """Whether the bits are these and the guards are intact."""
-        view, end = INTEGER[expected.element_size()], self.start + expected.numel()
-        guards = torch.cat((self.buffer[: self.start], self.buffer[end:]))
-        return torch.equal(self.tensor.view(view), expected.view(view)) and bool((guards == 77).all())
+    return build(find_op("slope", "cuda"), tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @st.composite
@@ -95,7 +53,7 @@ def test_kernels_compute_what_the_reference_computes(kernels, case):
         function = getattr(kernels, f"ds_efficient_slope_{name}")
         where = 0, None  # device, stream
         given = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in (*arguments, *where))
-        function.argtypes = (*slope_native._SIGNATURES[name], ctypes.c_int, ctypes.c_void_p)
+        function.argtypes = (*slope_native.Library.SIGNATURES[name], ctypes.c_int, ctypes.c_void_p)
         assert function(*given) == 0
         return out
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from ds_efficient.errors import OpBuildError, UserError
-from ds_efficient.ops import slope
-from ds_efficient.ops import slope_native as native
+from ds_efficient.ops import native, slope
 
 PATTERNS = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8), (2, 16), (3, 32))
 OPERAND_PATTERNS = ((1, 2), (2, 4), (1, 4), (2, 8), (2, 16), (1, 32))
@@ -386,8 +385,7 @@ def test_without_a_compiler_auto_gives_the_same_bits_and_says_so_and_native_stop
     expected = everything(V, P, 40, 2, 4, "native")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    native._library.cache_clear()
-    native._report_reference.cache_clear()
+    native.forget()
     try:
         with caplog.at_level("WARNING"):
             ours = everything(V, P, 40, 2, 4, "auto")
@@ -396,5 +394,4 @@ def test_without_a_compiler_auto_gives_the_same_bits_and_says_so_and_native_stop
         with pytest.raises(OpBuildError, match=r'no-such-compiler(.|\n)*backend="reference"'):
             slope.decompress(V, P, 40, n=2, m=4, backend="native")
     finally:
-        native._library.cache_clear()
-        native._report_reference.cache_clear()
+        native.forget()

@@ -159,8 +159,7 @@ class Text:
 
     def validation(self) -> Iterator[Tensor]:
         """Batches of the validation windows."""
-        for start in range(0, self.valid.shape[0] - self.size.batch + 1, self.size.batch):
-            yield self.valid[start : start + self.size.batch].long()
+        yield from (part.long() for part in self.valid.split(self.size.batch) if part.shape[0])
 
 
 def token_files(folder: Path, vocabulary: int) -> tuple[Path, Path]:

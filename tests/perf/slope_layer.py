@@ -31,33 +31,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import DATA, ROOT, conditions, host_ms, medians_in_turns, write_csv
+from gpt_block import KEY, LINEARS, Block, dense_linear, draw, replace
+from measuring import DATA, conditions, host_ms, medians_in_turns, write_csv
 from mixed_adamw import MixedAdamW
 from torch import Tensor, nn
 
-sys.path.insert(0, str(ROOT))
-
-from ds_efficient.core.keys import Key
 from ds_efficient.ops import cusparselt
 from ds_efficient.ops import slope as ops
-from ds_efficient.ops.keyed_random import normal
 from ds_efficient.slope.linear import SlopeLinear
 
 SHAPES = "4096x4096,14336x4096,4096x14336,5120x5120,20480x5120,5120x20480"
-HEAD = 128
-KEY = Key(11, ("slope_layer",))
-
-
-def draw(name: str, *shape: int, like: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """A normal tensor."""
-    return (normal(KEY.fold(name), list(shape), device=like) * scale).to(dtype)
-
-
-def dense_linear(out: int, inputs: int, name: str, device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer without bias, drawn by key."""
-    layer = nn.Linear(inputs, out, bias=False, device="meta")
-    layer.weight = nn.Parameter(draw(name, out, inputs, like=device, dtype=dtype, scale=0.02))
-    return layer
 
 
 def sparse_layer(dense: nn.Linear, name: str, *, flat: bool = True) -> SlopeLinear:
@@ -82,40 +65,16 @@ def move_to_buffer(layer: nn.Module) -> None:
     weight.data = buffer[: weight.numel()].view_as(weight).copy_(weight.detach())
 
 
-class Block(nn.Module):
-    """A pre-norm block of a GPT: causal attention, and a feed-forward part with tanh-GELU.
+def make_sparse(block: Block) -> list[SlopeLinear]:
+    """Replace the four linears of a block; returns the new ones."""
+    layers: list[SlopeLinear] = []
 
-    Args:
-        hidden: width; heads of 128, or one head where that does not divide.
-        device, dtype: of the parameters.
-    """
+    def make(linear: nn.Linear, name: str) -> SlopeLinear:
+        layers.append(sparse_layer(linear, name))
+        return layers[-1]
 
-    def __init__(self, hidden: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.heads = max(1, hidden // HEAD)
-        self.norm1 = nn.LayerNorm(hidden, device=device, dtype=dtype)
-        self.norm2 = nn.LayerNorm(hidden, device=device, dtype=dtype)
-        self.qkv: nn.Module = dense_linear(3 * hidden, hidden, "qkv", device, dtype)
-        self.proj: nn.Module = dense_linear(hidden, hidden, "proj", device, dtype)
-        self.fc1: nn.Module = dense_linear(4 * hidden, hidden, "fc1", device, dtype)
-        self.fc2: nn.Module = dense_linear(hidden, 4 * hidden, "fc2", device, dtype)
-
-    def make_sparse(self) -> list[SlopeLinear]:
-        """Replace the four linears; returns the new ones."""
-        layers = []
-        for name in ("qkv", "proj", "fc1", "fc2"):
-            layers.append(sparse_layer(getattr(self, name), name))
-            setattr(self, name, layers[-1])
-        return layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, sequence, hidden) to the same."""
-        batch, length, hidden = x.shape
-        split = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, hidden // self.heads)
-        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, hidden))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+    replace(block, LINEARS, make)
+    return layers
 
 
 def training_pass(module: nn.Module, sparse: list[SlopeLinear], x: Tensor, dy: Tensor) -> Callable[[], None]:
@@ -214,7 +173,7 @@ def measure_block(
 ) -> Iterator[dict[str, Any]]:
     """Rows of one block: training and inference."""
     dense, block = Block(hidden, device, dtype), Block(hidden, device, dtype)
-    sparse = block.make_sparse()
+    sparse = make_sparse(block)
     x = draw("x", tokens // sequence, sequence, hidden, like=device, dtype=dtype).requires_grad_()
     dy = draw("dy", tokens // sequence, sequence, hidden, like=device, dtype=dtype)
     chosen: dict[str, dict[str, str]] = {}
@@ -223,7 +182,7 @@ def measure_block(
         ("inference", {"dense": forward_pass(dense, x), "slope": forward_pass(block, x)}),
     ):
         found = medians_in_turns(calls, device)
-        for name, layer in zip(("qkv", "proj", "fc1", "fc2"), sparse, strict=True):
+        for name, layer in zip(LINEARS, sparse, strict=True):
             for product, text in choices(layer, x).items():
                 if part == "block" or product == "forward_choice":
                     chosen.setdefault(product, {})[name] = text

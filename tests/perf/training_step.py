@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     "354m": "--num-layers 24 --hidden-size 1024 --num-attention-heads 16",
     "1.3b": "--num-layers 24 --hidden-size 2048 --num-attention-heads 16",
+    "4096x4": "--num-layers 4 --hidden-size 4096 --num-attention-heads 32",
     "4096x8": "--num-layers 8 --hidden-size 4096 --num-attention-heads 32",
     "tiny": "--num-layers 2 --hidden-size 64 --num-attention-heads 4",
 }
@@ -45,6 +46,7 @@ class Case:
 
 
 SLOPE = {"slope": {"enabled": True}}
+RMM = {"rmm": {"enabled": True}}
 CASES = {
     "354m-plain": Case("354m", 8, False, NO_FUSION),
     "354m-fused": Case("354m", 8, True),
@@ -57,9 +59,16 @@ CASES = {
         "1.3b", 16, True, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     ),
     "1.3b-slope": Case("1.3b", 8, True, sections=SLOPE),
+    "4096x4-dense": Case("4096x4", 4, True),
+    "4096x4-slope": Case("4096x4", 4, True, sections=SLOPE),
     "4096x8-dense": Case("4096x8", 4, True),
     "4096x8-slope": Case("4096x8", 4, True, sections=SLOPE),
+    "1.3b-fused-12": Case("1.3b", 12, True),
+    "1.3b-fused-16": Case("1.3b", 16, True),
+    "1.3b-rmm": Case("1.3b", 8, True, sections=RMM),
+    "1.3b-rmm-16": Case("1.3b", 16, True, sections=RMM),
     "tiny": Case("tiny", 2, False),
+    "tiny-rmm": Case("tiny", 2, False, sections=RMM),
     "tiny-slope": Case("tiny", 2, False, sections=SLOPE),
 }
 

@@ -55,9 +55,17 @@ CASES = [
     ({"slope": {"adapter": 64}}, "slope.adapter: 64 is not allowed; expected an object {...}"),
     ({"slope": None}, "slope: null is not allowed; expected an object {...}"),
     ({"slope": [1]}, "slope: [1] is not allowed; expected an object {...}"),
-    ({"rmm": {"ratio": 3}}, "rmm.ratio: 3 is not allowed; expected a number > 0 and <= 1"),
+    ({"rmm": {"ratio": 3}}, 'rmm.ratio: 3 is not allowed; expected a number > 0 and <= 1, or "auto"'),
     ({"rmm": {"ratio": 0}}, "rmm.ratio: 0 is not allowed; expected a number > 0 and <= 1"),
     ({"rmm": {"ratio": float("nan")}}, "rmm.ratio: NaN is not allowed; expected a number > 0 and <= 1"),
+    (
+        {"rmm": {"ratio": "Auto"}},
+        'rmm.ratio: "Auto" is not allowed; expected a number > 0 and <= 1, or "auto"',
+    ),
+    (
+        {"rmm": {"target_variance_ratio": 0}},
+        "rmm.target_variance_ratio: 0 is not allowed; expected a number > 0",
+    ),
     ({"rmm": {"min_rows": "64"}}, 'rmm.min_rows: "64" is not allowed; expected an integer >= 1'),
     (
         {"mkor": {"stabilizer": {"zeta": 1}}},
@@ -101,9 +109,9 @@ def test_one_mistake_gives_one_exact_line(config, text):
 
 AUTO = [
     (
-        {"rmm": {"ratio": "auto"}},
-        "rmm.ratio",
-        "write a number > 0 and <= 1 (default 0.125), or leave the key out",
+        {"rmm": {"target_variance_ratio": "auto"}},
+        "rmm.target_variance_ratio",
+        "write a number > 0 (default 8), or leave the key out",
     ),
     (
         {"rmm": {"sketch": "auto"}},
@@ -215,7 +223,7 @@ def test_the_message_counts_the_problems_and_lists_each():
         load_config({"rmm": {"ratio": 3, "min_rows": 0}})
     assert str(caught.value).splitlines() == [
         "config: 2 problems",
-        "  rmm.ratio: 3 is not allowed; expected a number > 0 and <= 1",
+        '  rmm.ratio: 3 is not allowed; expected a number > 0 and <= 1, or "auto"',
         "  rmm.min_rows: 0 is not allowed; expected an integer >= 1",
     ]
 

@@ -49,6 +49,8 @@ BROKEN = [
     ("rmm", {"ratio": 0.001, "block_size": 512}, "ratio", "less than one row; use at least 0.00195312"),
     ("rmm", {"sketch": "srht", "block_size": 384}, "block_size", "use 256 or 512"),
     ("rmm", {"enabled": True, "modules": [], "exclude": []}, "exclude", "no layer would be projected"),
+    ("rmm", {"enabled": True, "ratio": "auto"}, "variance_interval", "0 never measures the variance"),
+    ("rmm", {"ratio": "auto", "block_size": 4}, "ratio", "0.125 of block_size 4 is less than one row"),
     ("lgreco", {"range": [64, 8]}, "range", "write [8, 64]"),
     ("lgreco", {"default": 4, "range": [8, 64]}, "default", "4 is outside range [8, 64]"),
     ("lgreco", {"range": [8, 16]}, "default", "32 is outside range [8, 16]"),
@@ -119,6 +121,11 @@ WHOLE = [
 
 WARNED = [
     ("rmm", {"enabled": True, "ratio": 1}, "x.ratio: 1 keeps every row"),
+    (
+        "rmm",
+        {"enabled": True, "target_variance_ratio": 4},
+        "x.target_variance_ratio: has no effect with ratio 0.125",
+    ),
     ("mkor", {"enabled": True, "gamma": 1}, "x.gamma: 1 gives new statistics no weight"),
     ("mkor", {"hybrid": {"enabled": True, "ema": 300}}, "x.hybrid.min_steps: 200 is shorter than"),
 ]
@@ -306,7 +313,8 @@ STRATEGIES = {
         backend=st.sampled_from(["auto", "dense"]),
     ),
     "rmm": some(
-        ratio=st.floats(0.1, 1.0),
+        ratio=st.floats(0.1, 1.0) | st.just("auto"),
+        target_variance_ratio=st.floats(1e-3, 1e3),
         sketch=st.sampled_from(["gaussian", "rademacher", "srht", "count", "rows"]),
         block_size=st.sampled_from([0, 16, 128, 2048]),
         min_rows=COUNTS,

@@ -1,0 +1,66 @@
+"""CUDA sources built for the host with tests/cuda_on_host, and tensors at odd addresses to run them on."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from ds_efficient.op_builder import toolchain
+from ds_efficient.op_builder.all_ops import OpSpec
+
+SHIM = Path(__file__).resolve().parent / "cuda_on_host"
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+GUARD = 16  # elements around a result that must stay as they were
+
+
+def build(spec: OpSpec, folder: Path) -> ctypes.CDLL:
+    """The library of an op, from the sources that nvcc compiles, with launches written as calls.
+
+    Args:
+        spec: its CUDA row.
+        folder: where files are written.
+    """
+    made, found = [], 0
+    for source in spec.source_paths():
+        text, launches = re.subn(
+            r"(\w+(?:<[^<>()]*>)?)<<<(.+?)>>>\(", r"host::launch(\1, \2)(", source.read_text(), flags=re.S
+        )
+        assert "<<<" not in text
+        found += launches
+        made.append(folder / f"{source.stem}.cpp")
+        made[-1].write_text(text)
+    assert found
+    include = [f"-I{path}" for path in (SHIM, *spec.include_dirs())]
+    library = folder / "kernels.so"
+    command = [*toolchain.find_cxx(), "-std=c++17", "-O1", "-fPIC", "-shared", *include]
+    subprocess.run([*command, *map(str, made), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+class Guarded:
+    """A tensor at an odd address between guards.
+
+    Args:
+        shape, dtype: of the tensor.
+        offset: elements by which its start is moved from an aligned address.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, offset: int) -> None:
+        self.buffer = torch.full((math.prod(shape) + 2 * GUARD + offset,), 77, dtype=dtype)
+        self.start = GUARD + offset
+        self.tensor = self.buffer[self.start : self.start + math.prod(shape)].view(shape)
+
+    def intact(self) -> bool:
+        """Whether nothing was written around the tensor."""
+        end = self.start + self.tensor.numel()
+        return bool((torch.cat((self.buffer[: self.start], self.buffer[end:])) == 77).all())
+
+    def equals(self, expected: torch.Tensor) -> bool:
+        """Whether the bits are these and the guards are intact."""
+        view = INTEGER[expected.element_size()]
+        return torch.equal(self.tensor.view(view), expected.view(view)) and self.intact()

@@ -1,0 +1,188 @@
+"""Speed of the projections S^T X of random sketches against torch's batched products and the bandwidth floor.
+
+``python tests/perf/rmm_kernels.py [--output docs/results/data]`` prints a table and writes
+``rmm_kernels_<device name>.csv``. Needs a GPU. Floor: X read and the projection written once, at the
+bandwidth of a device-to-device copy measured in the same run. Each call works on another copy of X than the
+one before, so that nothing is found in the L2 cache; times are medians of CUDA events around single calls.
+
+Ways: "auto", "gemm", "fused", "hadamard" as in `ds_efficient.ops.rmm.project`; "generated" generates S and
+hands it to the fused kernel. Beside them: torch.baddbmm with an S that is there already, and plain torch
+(`torch.randn`, or signs by `torch.randint`, then a batched product).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import conditions, write_csv
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from rmm_library import CudaLibrary  # noqa: E402
+
+from ds_efficient.core.keys import Key  # noqa: E402
+from ds_efficient.ops import keyed_random, rmm  # noqa: E402
+from ds_efficient.ops.rmm_partition import Partition, Segment  # noqa: E402
+
+SHAPES = ((16384, 5120), (16384, 20480), (8192, 4096), (8192, 16384))
+RATIOS, BLOCK, DTYPE = (1 / 8, 1 / 4), 512, torch.bfloat16
+LONG_BLOCKS = (2048, 16384)  # srht at 16384 x 5120: where the fast transform begins to pay
+WAYS = {
+    "gaussian": ("gemm", "fused", "generated"), "rademacher": ("gemm", "fused", "generated"),
+    "srht": ("gemm", "fused", "generated", "hadamard"), "count": ("gemm", "fused"), "rows": ("auto", "fused"),
+}  # fmt: skip
+ROTATION = 160 << 20  # bytes of all copies together: three times the L2 cache of an H100
+KEY = Key(3).fold("rmm_kernels")
+
+
+def median_ms(calls: Sequence[Callable[[], object]], repeat: int) -> float:
+    """Median time of one call in milliseconds, going round the calls."""
+    for call in calls:
+        call()
+    times: list[float] = []
+    for i in range(repeat):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(400_000)  # the host is ahead: launch overhead is not part of the time
+        first.record()
+        calls[i % len(calls)]()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last))
+    return statistics.median(times)
+
+
+def bandwidth() -> float:
+    """Bytes a millisecond of a copy, read and written bytes counted."""
+    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms([lambda: target.copy_(source)], 20)
+
+
+def generated(x: Tensor, sketch: str, parts: Partition) -> Tensor:
+    """S generated, then the fused kernel."""
+    library = CudaLibrary.for_device(x.device, "native")
+    assert library is not None
+    out = x.new_empty(parts.total, x.shape[1])
+    (segment,) = parts.segments()
+    return library.generated(x, KEY.value, sketch, segment, choose(sketch, segment, x.device), out)
+
+
+def choose(sketch: str, segment: Segment, device: torch.device) -> Tensor | None:
+    """The numbers that a sketch chooses in each block."""
+    n = segment.choices(sketch)
+    if not n:
+        return None
+    return keyed_random.sample_k_of_n(KEY, n, segment.projected, batch=segment.blocks, device=device)
+
+
+def multiply(x: Tensor, s: Tensor, scale: float) -> Tensor:
+    """The batched product with a given S (blocks, p, block)."""
+    blocks = x.unflatten(0, (s.shape[0], -1))
+    out = x.new_empty(s.shape[0], s.shape[1], x.shape[1])
+    return torch.baddbmm(out, s, blocks, beta=0, alpha=scale, out=out)
+
+
+def plain(x: Tensor, sketch: str, parts: Partition, scale: float) -> Tensor:
+    """What one writes in torch: random S, batched product."""
+    shape = (parts.full_blocks, parts.projected, parts.block)
+    if sketch == "gaussian":
+        s = torch.randn(shape, dtype=x.dtype, device=x.device)
+    else:
+        s = (torch.randint(0, 2, shape, device=x.device) * 2 - 1).to(x.dtype)
+    return multiply(x, s, scale)
+
+
+def project(x: Tensor, sketch: str, parts: Partition, way: str) -> Tensor:
+    """The projection one of the ways."""
+    if way == "generated":
+        return generated(x, sketch, parts)
+    return rmm.project(x, KEY, sketch, parts, backend=way)
+
+
+def measure_shape(
+    rows: int, features: int, ratio: float, block: int, rate: float
+) -> Iterator[dict[str, Any]]:
+    """One row for each sketch and way."""
+    parts = rmm.partition(rows, ratio, block_size=block)
+    x = keyed_random.normal(KEY, (rows, features), dtype=DTYPE, device="cuda")
+    copies = [x, *(x.clone() for _ in range(max(1, ROTATION // x.nbytes)))]
+    size = x.nbytes + parts.total * features * x.element_size()
+    (segment,) = parts.segments()
+    scale = segment.scale("gaussian")
+    s = torch.randn((segment.blocks, segment.projected, block), dtype=DTYPE, device="cuda")
+    given = median_ms([functools.partial(multiply, c, s, scale) for c in copies], 30)
+    sketches = WAYS if block == BLOCK else {"srht": ("gemm", "fused", "hadamard")}
+    for sketch, ways in sketches.items():
+        baseline = ""
+        if sketch in ("gaussian", "rademacher"):
+            calls = [functools.partial(plain, c, sketch, parts, scale) for c in copies]
+            baseline = median_ms(calls, 30)
+        for way in ways:
+            ours = median_ms([functools.partial(project, c, sketch, parts, way) for c in copies], 30)
+            read = parts.total * features * x.element_size() if sketch == "rows" else x.nbytes
+            floor = (size - x.nbytes + read) / rate
+            yield {
+                "sketch": sketch, "way": way, "shape": f"{rows}x{features}", "block": block, "ratio": ratio,
+                "projected": parts.projected, "dtype": str(DTYPE).removeprefix("torch."),
+                "milliseconds": ours,
+                "floor_milliseconds": floor, "fraction_of_floor": floor / ours,
+                "given_sketch_milliseconds": given, "speedup_over_given_sketch": given / ours,
+                "plain_torch_milliseconds": baseline,
+                "speedup_over_plain_torch": baseline / ours if isinstance(baseline, float) else "",
+            }  # fmt: skip
+
+
+def measure() -> Iterator[dict[str, Any]]:
+    """All rows."""
+    rate = bandwidth()
+    print(f"device-to-device copy: {rate / 1e9:.2f} TB/s, read and written bytes counted")
+    for rows, features in SHAPES:
+        for ratio in RATIOS:
+            yield from measure_shape(rows, features, ratio, BLOCK, rate)
+    for block in LONG_BLOCKS:
+        yield from measure_shape(16384, 5120, 1 / 8, block, rate)
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    what = f"{row['sketch']:>10} {row['way']:>9} {row['shape']:>11}"
+    what += f" block {row['block']:5} p {row['projected']:4}"
+    baseline = row["plain_torch_milliseconds"]
+    torch_part = f", plain torch {baseline:7.4f}" if isinstance(baseline, float) else ""
+    print(
+        f"{what}: {row['milliseconds']:7.4f} ms, "
+        f"{100 * row['fraction_of_floor']:5.1f} % of the floor's speed, "
+        f"baddbmm with S given {row['given_sketch_milliseconds']:7.4f}{torch_part}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """Measure, print, write the CSV."""
+    parser = argparse.ArgumentParser(description="Benchmark the projections of random sketches.")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "data")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    common = conditions(device)
+    rows = []
+    for row in measure():
+        show(row)
+        rows.append({**row, **common})
+    print(f"wrote {write_csv('rmm_kernels', rows, args.output, device)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
