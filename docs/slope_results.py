@@ -94,6 +94,11 @@ _PARTS = {
     "block": "GPT block, training",
     "inference": "GPT block, forward",
 }
+_PLACES = {
+    "memory": "alone, operands kept",
+    "memory, flat": "in a flat buffer, operands kept",
+    "memory, rewritten": "in a flat buffer, operands rewritten",
+}
 _SPLIT = ("forward", "input_gradient", "weight_gradient")
 
 
@@ -128,7 +133,7 @@ def layers() -> str:
                 ("out x in", "weight stands", "dense, MiB", "sparse, MiB", "sparse / dense",
                  "without operands", "read from"),
                 (
-                    (row["shape"], "in a flat buffer" if "flat" in row["part"] else "alone",
+                    (row["shape"], _PLACES[row["part"]],
                      mebibytes(row, "dense_bytes"), mebibytes(row, "slope_bytes"), number(row, "ratio"),
                      number(row, "states_and_masks_ratio"), row["measured"])
                     for row in held

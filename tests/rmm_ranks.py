@@ -150,6 +150,25 @@ def save_and_resume(folder: str, stage: int, sections: dict[str, Any]) -> dict[s
     return found
 
 
+def switch(folder: str) -> dict[str, Any]:
+    """Go on with RMM from a checkpoint without it, and without it from that one; return what happened."""
+    settings_off = {"rmm": {"enabled": False}}
+
+    def go_on(number: int, load: str | None, **sections: Any) -> tuple[str, Any]:
+        engine = build(1, **sections)
+        if load:
+            engine.load_checkpoint(folder, tag=load)
+        before = digest(engine)
+        step(engine, number)
+        engine.save_checkpoint(folder, tag=f"step{number}")
+        return before, digest(engine) if number < 2 else dict(engine.ds_efficient.metrics)
+
+    _, dense = go_on(0, None, **settings_off)
+    loaded, sketched = go_on(1, "step0")
+    loaded_again, metrics = go_on(2, "step1", **settings_off)
+    return {"kept": [dense == loaded, sketched == loaded_again], "moved": dense != sketched, "left": metrics}
+
+
 def hugging_face() -> dict[str, Any]:
     """Train a GPT-2 of transformers on one sentence."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -38,6 +38,7 @@ class _Entry:
     set: Callable[[Mapping[str, Any]], None]
     version: int
     each_rank: bool
+    optional: bool
 
 
 class CheckpointStore:
@@ -74,6 +75,7 @@ class CheckpointStore:
         version: int = 1,
         *,
         each_rank: bool = False,
+        optional: bool = False,
     ) -> None:
         """Save `get()` with every checkpoint under `name`, and hand it to `set` on load.
 
@@ -83,10 +85,11 @@ class CheckpointStore:
             set: restores them.
             version: of the state's form; a newer one in a checkpoint is refused.
             each_rank: the state differs on each rank, and is restored only on the same layout.
+            optional: a checkpoint without it is loaded, and what is registered goes on as it is.
         """
         if name in self._entries:
             raise ValueError(f"state {name!r} is registered twice")
-        self._entries[name] = _Entry(get, set, version, each_rank)
+        self._entries[name] = _Entry(get, set, version, each_rank, optional)
 
     def require_equal(self, facts: Mapping[str, Any], *, weights_only: bool = True) -> None:
         """Record `facts` in every checkpoint; refuse to load one that was saved with others.
@@ -253,7 +256,8 @@ class CheckpointStore:
 
     def _hand_over(self, states: Mapping[str, Any], *, each_rank: bool, where: Path) -> None:
         expected = {name for name, entry in self._entries.items() if entry.each_rank == each_rank}
-        missing, unused = sorted(expected - set(states)), sorted(set(states) - expected)
+        absent, unused = sorted(expected - set(states)), sorted(set(states) - expected)
+        missing = [name for name in absent if not self._entries[name].optional]
         if missing:
             raise CheckpointError(
                 f"{where}: has no state of {', '.join(missing)}; the run that saved it had it disabled. "
@@ -261,7 +265,9 @@ class CheckpointStore:
             )
         if unused:
             logger.warning("%s: holds the state of %s, which this run does not use", where, ", ".join(unused))
-        for name in sorted(expected):
+        for name in sorted(expected - set(states)):
+            logger.info("%s: has no state of %s, which starts here", where, name)
+        for name in sorted(expected & set(states)):
             entry, saved = self._entries[name], states[name]
             if saved["version"] > entry.version:
                 raise CheckpointError(

@@ -59,7 +59,11 @@ class Attachment:
         self._clip = compat.clip_plain_gradients(engine, mpu) if compat.uses_plain_optimizer(engine) else None
         for technique in techniques:
             self.store.register(
-                technique.name, technique.state_dict, technique.load_state_dict, technique.state_version
+                technique.name,
+                technique.state_dict,
+                technique.load_state_dict,
+                technique.state_version,
+                optional=technique.starts_anywhere,
             )
             technique.attach(engine)
         compat.on_model_step(engine, self._before_step, self._after_step)
@@ -199,7 +203,21 @@ def _run_context(settings: EfficiencyConfig, mpu: Any, total_steps: int | None) 
         pipeline_parallel_size=ask("get_pipeline_model_parallel_world_size", 1),
         zero_stage=int(settings.deepspeed.get("zero_optimization", {}).get("stage", 0)),
         micro_batch_size=micro_batch if isinstance(micro_batch, int) else None,
+        micro_batches=_micro_batches(settings.deepspeed, ask("get_data_parallel_world_size", size)),
     )
+
+
+def _micro_batches(deepspeed: Mapping[str, Any], data_parallel_size: int) -> int | None:
+    """Return the passes of a rank in an optimizer step, as DeepSpeed derives them; None where it will refuse."""
+    passes, micro, whole = (
+        deepspeed.get(name)
+        for name in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
+    )
+    if isinstance(passes, int):
+        return passes
+    if isinstance(micro, int) and isinstance(whole, int):
+        return max(1, whole // (micro * data_parallel_size))
+    return 1 if isinstance(micro, int) or isinstance(whole, int) else None
 
 
 def _parameters(model: torch.nn.Module, given: Any) -> Any:

@@ -123,6 +123,7 @@ def _plan_actions(
         pipeline_parallel_size=layout.pipeline,
         zero_stage=layout.zero_stage,
         micro_batch_size=layout.micro_batch_size,
+        micro_batches=layout.num_microbatches,
     )
     return {
         technique.name: list(technique.plan(inventory)) for technique in build_techniques(config, context)

@@ -32,6 +32,7 @@ class RunContext:
         pipeline_parallel_rank, pipeline_parallel_size: place in the pipeline.
         zero_stage: DeepSpeed's ``zero_optimization.stage``.
         micro_batch_size: samples of one pass of one data-parallel rank, or None where it is not known.
+        micro_batches: passes of one data-parallel rank in an optimizer step, or None where it is not known.
     """
 
     seed: int = 1234
@@ -44,6 +45,7 @@ class RunContext:
     pipeline_parallel_size: int = 1
     zero_stage: int = 0
     micro_batch_size: int | None = None
+    micro_batches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class Technique(ABC, Generic[SectionT]):
 
     name: ClassVar[str]
     state_version: ClassVar[int] = 1
+    starts_anywhere: ClassVar[bool] = False
+    """Whether it may be switched on in the middle of a run: a checkpoint without its state is loaded."""
 
     def __init__(self, config: SectionT, context: RunContext) -> None:
         self.config = config

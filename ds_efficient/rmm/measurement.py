@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -65,10 +66,11 @@ class Measurement:
         """
         wanted: dict[int, float] = {}
         for name, sketch in self._sketches.items():
-            if not sketch.tally.rows:
-                continue
+            noise = found[name]
+            if not (sketch.tally.rows and math.isfinite(noise.scale) and math.isfinite(noise.sgd_variance)):
+                continue  # the layer did not run, or the run diverges
             parts = sketch.partition(sketch.tally.rows)
-            rows = rows_for_target(found[name], target, parts.block, sketch.kind)
+            rows = rows_for_target(noise, target, parts.block, sketch.kind)
             group = id(sketch.leader or sketch)
             wanted[group] = max(wanted.get(group, 0.0), min(1.0, rows / parts.block))
         for name, sketch in self._sketches.items():

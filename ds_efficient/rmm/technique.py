@@ -37,6 +37,7 @@ class RmmTechnique(Technique[RmmConfig]):
     """
 
     name = "rmm"
+    starts_anywhere = True
 
     def __init__(self, config: RmmConfig, context: RunContext) -> None:
         super().__init__(config, context)

@@ -139,5 +139,10 @@ class SlopeConfig(TechniqueSection):
     adapter: AdapterConfig = AdapterConfig()
     """Low-rank adapters for the end of the run."""
 
+    operands: Literal["auto", "kept", "rewritten"] = "auto"
+    """Whether the compressed operands of cusparselt stay in memory (kept) or are written anew for each
+    product (rewritten), which takes 2 bytes a dense weight less; auto: rewritten where a step has one
+    micro-batch, so that they would be written as often anyway."""
+
     backend: Literal["auto", "cusparselt", "dense"] = "auto"
     """How sparse products are computed; auto: cusparselt where it runs, else dense, and says which."""

@@ -42,7 +42,9 @@ def _action(
     up, down = rank * module.out_features, rank * module.in_features
     mask = module.out_features * 4 * math.ceil(module.in_features / 32)
     sparse = config.backend != "dense" and LayerShape(0, 0, n, m).fits_hardware
-    operands = (2 if config.double_prune else 1) * size * _OPERAND_BYTES * 9 // 16 if sparse else 0
+    # Between products a rewritten operand is its metadata, a sixteenth of the dense weight.
+    sixteenths = 1 if rewrites_operands(config, context) else 9
+    operands = (2 if config.double_prune else 1) * size * _OPERAND_BYTES * sixteenths // 16 if sparse else 0
     share = n / m if sparse else 1.0
     return Action(
         module.name,
@@ -62,6 +64,13 @@ def _action(
             },
         },
     )
+
+
+def rewrites_operands(config: SlopeConfig, context: RunContext) -> bool:
+    """Whether operands are written anew for each product instead of being kept."""
+    if config.operands == "auto":
+        return context.micro_batches == 1
+    return config.operands == "rewritten"
 
 
 def _misfit(module: ModuleInfo, config: SlopeConfig, context: RunContext, m: int) -> str:

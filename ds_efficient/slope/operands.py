@@ -50,7 +50,7 @@ class LayerShape:
 
 @dataclass
 class _Built:
-    """One operand, or between uses under ZeRO-3 its metadata alone, and which versions it holds."""
+    """One operand, or between uses its metadata alone, and which versions it holds."""
 
     place: tuple[torch.device, torch.dtype]
     held: cusparselt.SparseOperand | None
@@ -79,6 +79,12 @@ class Operands:
         shape: the layer.
         backend: ``"auto"``, ``"cusparselt"`` or ``"dense"``, as in the configuration.
         name: of the layer, for messages.
+
+    Attributes:
+        managed: `weight_changed` is called after every change of the weight.
+        rewritten: keep the metadata alone between products, 1/16 of the dense weight in place of 9/16, and write
+            the values for each product.
+        choices: what was chosen, by direction, tokens, dtype and device.
     """
 
     def __init__(self, shape: LayerShape, backend: str, name: str) -> None:
@@ -86,6 +92,7 @@ class Operands:
         self.backend = backend
         self.name = name
         self.managed = False
+        self.rewritten = False
         self.choices: dict[tuple[object, ...], str] = {}
         self._built: dict[bool, _Built] = {}
         self._weight_version = 0
@@ -197,9 +204,18 @@ class Operands:
                     if not transposed and self._can_share(built.operand, weight):
                         weight.data = built.operand.tile_values[0][1]
         result = cusparselt.multiply(built.operand, x)
-        if hasattr(weight, "ds_id"):  # ZeRO-3: the weight is whole only while the layer runs, so is this
-            built.metadata, built.held, built.values = built.operand.packed_metadata(), None, None
+        if self._is_transient(weight):
+            if built.metadata is None:
+                built.metadata = built.operand.packed_metadata()
+            built.held, built.values = None, None
         return result
+
+    def _is_transient(self, weight: Tensor) -> bool:
+        """Whether operands are dropped after each product.
+
+        Under ZeRO-3 always: the weight is whole only while the layer runs, and so are they.
+        """
+        return self.rewritten or hasattr(weight, "ds_id")
 
     def _is_current(
         self,
@@ -239,7 +255,7 @@ class Operands:
             )
             if kept is not None:
                 weight.copy_(kept)
-            built.pattern, built.values = pattern, None
+            built.pattern, built.values, built.metadata = pattern, None, None
         return built
 
     def _can_share(self, operand: cusparselt.SparseOperand, weight: Tensor) -> bool:
@@ -253,7 +269,7 @@ class Operands:
             and operand.tiles == 1
             and (self.shape.n, self.shape.m) in ((1, 2), (2, 4))
             and _stands_alone(weight)
-            and not hasattr(weight, "ds_id")
+            and not self._is_transient(weight)
         )
 
     def _sees_changes(self, weight: Tensor) -> bool:

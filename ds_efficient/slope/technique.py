@@ -18,7 +18,7 @@ from ds_efficient.core.plain_linears import is_conv1d, replace_everywhere
 from ds_efficient.core.technique import Action, Evidence, RunContext, StepContext, Technique
 from ds_efficient.errors import UserError
 from ds_efficient.slope.config import SlopeConfig
-from ds_efficient.slope.layers import plan_layers
+from ds_efficient.slope.layers import plan_layers, rewrites_operands
 from ds_efficient.slope.linear import SlopeLinear, dense_weight_of
 from ds_efficient.slope.masks import magnitude_mask, random_mask
 from ds_efficient.slope.operands import LayerShape
@@ -81,6 +81,7 @@ class SlopeTechnique(Technique[SlopeConfig]):
             else:
                 module, product = self._replace(model, module, action)
             product.operands.managed = True
+            product.operands.rewritten = rewrites_operands(self.config, self.context)
             self.layers.append((action.module, module, product))
         self._column_loss = self._measure_column_loss()
 

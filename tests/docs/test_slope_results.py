@@ -68,7 +68,7 @@ def test_layers_show_ratios_parts_memory_and_a_figure(results: ModuleType, tmp_p
     text = results.layers()
     assert text.count("| 3.000 | 2.000 | 1.50x | -, - |") == 3
     assert "| 64x32 | 1.000, 1.000 | 1.000, 1.000 | 1.000, 1.000 | 0.5000 | 0.2500 |" in text
-    assert "| 64x32 | in a flat buffer | 2.0 | 1.0 | 0.656 | 0.516 | allocator |" in text
+    assert "| 64x32 | in a flat buffer, operands kept | 2.0 | 1.0 | 0.656 | 0.516 | allocator |" in text
     (figure,) = results.figures(tmp_path)
     assert figure.name in text
     assert figure.read_bytes().startswith(b"\x89PNG")

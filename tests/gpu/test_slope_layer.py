@@ -155,12 +155,15 @@ def test_adapter_and_autocast() -> None:
     assert set(sparse.slope.operands.choices.values()) == {"cusparselt"}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_training_on_sparse_products_follows_the_dense_ones(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "operands"), [(0, "kept"), (1, "rewritten"), (1, "kept"), (3, "auto")])
+def test_training_on_sparse_products_follows_the_dense_ones(
+    ranks: Ranks, tmp_path: Path, stage: int, operands: str
+) -> None:
     def losses(backend: str) -> list[float]:
         section = {
             "enabled": True,
             "backend": backend,
+            "operands": operands,
             "column_mask_interval": 2,
             "adapter": {"rank": 4, "start_step": 4},
         }

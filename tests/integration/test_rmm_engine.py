@@ -121,15 +121,18 @@ def test_sketches_that_keep_every_row_are_reported(ranks: Ranks) -> None:
     assert message.startswith("2: ") and "0 projected" in message and "see rmm.min_rows" in message
 
 
-@pytest.mark.parametrize(
-    ("stage", "sections"), [(0, AUTO), (1, {}), (3, AUTO), (1, {"slope": SLOPE})], ids=str
-)
+@pytest.mark.parametrize(("stage", "sections"), [(0, {}), (3, AUTO), (1, {"slope": SLOPE})], ids=str)
 def test_resumed_runs_are_exact(ranks: Ranks, tmp_path: Path, stage: int, sections: dict[str, Any]) -> None:
     for found in ranks(2).run("rmm_ranks:save_and_resume", str(tmp_path), stage, sections):
         for first in (1, 4):
             resumed = found[str(first)]
             assert resumed["losses"] == found["unbroken"]["losses"][first:], first
             assert resumed["digest"] == found["unbroken"]["digest"], first
+
+
+def test_a_run_can_be_switched_to_sketches_and_back(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks(2).run("rmm_ranks:switch", str(tmp_path)):
+        assert found == {"kept": [True, True], "moved": True, "left": {}}
 
 
 def test_a_hugging_face_gpt2_trains_with_its_own_names(ranks: Ranks) -> None:

@@ -11,7 +11,8 @@ Writes ``slope_layer_<device name>.csv`` with one row a case. ``part``:
 - inference: the same block's forward pass under ``no_grad``
 - memory: parameter and gradient in bf16, fp32 master copy and Adam's moments after one step, with masks and
   operands; on a GPU read from the allocator. "memory, flat": the weight in a larger buffer, as DeepSpeed
-  keeps it, where the operand cannot be the weight's own memory
+  keeps it, where the operand cannot be the weight's own memory; "memory, rewritten": the same with operands
+  that are written for each product and dropped after it
 
 Times are medians in milliseconds, dense and sparse in turns; ``*_host_ms`` is what the host needs to queue a
 pass, which must be less than the pass takes. For a trial without a GPU:
@@ -122,13 +123,20 @@ def measure_layer(
     layer = sparse_layer(dense, "layer")
     x = draw("x", tokens, inputs, like=device, dtype=dtype).requires_grad_()
     dy = draw("dy", tokens, out, like=device, dtype=dtype)
-    calls = {"dense": training_pass(dense, [], x, dy), "slope": training_pass(layer, [layer], x, dy)}
+    rewritten = sparse_layer(dense, "layer")
+    rewritten.slope.operands.rewritten = True
+    calls = {
+        "dense": training_pass(dense, [], x, dy),
+        "slope": training_pass(layer, [layer], x, dy),
+        "rewritten": training_pass(rewritten, [], x, dy),
+    }
     whole = medians_in_turns(calls, device)
     host = {f"{name}_host_ms": host_ms(call, device) for name, call in calls.items()}
     parts = measure_parts(dense, layer, x.detach(), dy, device)
     yield {
         "part": "layer", "shape": f"{out}x{inputs}", "tokens": tokens,
         "dense_ms": whole["dense"], "slope_ms": whole["slope"], "ratio": whole["dense"] / whole["slope"],
+        "rewritten_ms": whole["rewritten"], "rewritten_ratio": whole["dense"] / whole["rewritten"],
         **host, **parts, **choices(layer, x),
     }  # fmt: skip
 
@@ -198,7 +206,7 @@ def measure_block(
 
 
 def hold_layer(
-    sparse: bool, out: int, inputs: int, x: Tensor, dy: Tensor, *, flat: bool
+    sparse: bool, out: int, inputs: int, x: Tensor, dy: Tensor, *, flat: bool, rewritten: bool = False
 ) -> tuple[int | None, dict[str, int]]:
     """Build a layer, take one step with it; return the bytes the allocator holds for it, and the count.
 
@@ -207,6 +215,7 @@ def hold_layer(
         out, inputs: its sizes.
         x, dy: input and gradient of the output.
         flat: put the weight into a larger buffer, as DeepSpeed does, which the sparse operand cannot share.
+        rewritten: write the operands for each product.
     """
     device, cuda = x.device, x.is_cuda
     gc.collect()
@@ -216,6 +225,8 @@ def hold_layer(
         move_to_buffer(dense)
     layer = sparse_layer(dense, "memory", flat=flat) if sparse else dense
     del dense
+    if isinstance(layer, SlopeLinear):
+        layer.slope.operands.rewritten = rewritten
     adam = MixedAdamW(list(layer.parameters()))
     layer(x).backward(dy)
     adam.step()
@@ -241,13 +252,15 @@ def measure_memory(
     dy = draw("dy", tokens, out, like=device, dtype=dtype)
     for sparse in (False, True):
         hold_layer(sparse, out, inputs, x, dy, flat=False)
-    for flat in (False, True):
+    for part, flat, rewritten in (
+        ("memory", False, False), ("memory, flat", True, False), ("memory, rewritten", True, True),
+    ):  # fmt: skip
         dense, dense_counted = hold_layer(False, out, inputs, x, dy, flat=flat)
-        slope, counted = hold_layer(True, out, inputs, x, dy, flat=flat)
+        slope, counted = hold_layer(True, out, inputs, x, dy, flat=flat, rewritten=rewritten)
         dense_bytes = dense if dense is not None else sum(dense_counted.values())
         slope_bytes = slope if slope is not None else sum(counted.values())
         yield {
-            "part": "memory, flat" if flat else "memory", "shape": f"{out}x{inputs}", "tokens": tokens,
+            "part": part, "shape": f"{out}x{inputs}", "tokens": tokens,
             "ratio": slope_bytes / dense_bytes, "dense_bytes": dense_bytes, "slope_bytes": slope_bytes,
             "states_bytes": counted["states"], "masks_bytes": counted["masks"],
             "operands_bytes": counted["operands"],

@@ -161,6 +161,7 @@ def main() -> int:
     for name in arguments.cases:
         row = measure(name, arguments)
         rows.append(row)
+        write(arguments.output / f"{arguments.name}.csv", rows)  # a run that is stopped keeps what it has
         if "error" in row:
             print(f"{name}: failed: {row['error']}", flush=True)
             continue
@@ -172,15 +173,17 @@ def main() -> int:
             f"peak {row['peak_memory'] / 2**30:.1f} GiB, loss {row['last_loss']:.4f}",
             flush=True,
         )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"{arguments.name}.csv"
+    return int(any("error" in row for row in rows))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     fields = list(dict.fromkeys(field for row in rows for field in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
-    print(f"wrote {path}")
-    return int(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -133,13 +133,18 @@ def test_a_managed_weight_in_a_flat_buffer_is_renewed_when_told() -> None:
     check(sparse)
 
 
-def test_partitioned_weights_leave_only_metadata_between_uses() -> None:
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_transient_operands_leave_only_metadata_between_uses(partitioned: bool) -> None:
     sparse = layer()
-    vars(sparse.weight).update(ds_id=0)
+    if partitioned:  # by ZeRO-3
+        vars(sparse.weight).update(ds_id=0)
+    sparse.slope.operands.rewritten = not partitioned
     for _ in range(2):
         check(sparse)
         with torch.no_grad():
             sparse.weight.mul_(2)
+    sparse.refresh()
+    check(sparse)
     built = sparse.slope.operands._built
     assert all(entry.held is None and entry.metadata is not None for entry in built.values())
     assert 0 < sparse.slope.operands.nbytes() <= 2 * 64 * 128 // 8 * 2

@@ -254,6 +254,23 @@ def test_operands_are_planned_where_the_hardware_takes_the_pattern() -> None:
     assert planned(backend="auto", pattern="4:8") == planned(backend="dense") == 2 * masks
 
 
+@pytest.mark.parametrize(
+    ("operands", "micro_batches", "sixteenths"),
+    [("auto", 1, 1), ("auto", 2, 9), ("auto", None, 9), ("rewritten", 4, 1), ("kept", 1, 9)],
+)
+def test_rewritten_operands_are_planned_with_their_metadata(
+    operands: str, micro_batches: int | None, sixteenths: int
+) -> None:
+    """"auto" rewrites where a step has one micro-batch; the layers are told the same."""
+    model, context = nn.Sequential(nn.Linear(64, 64)), RunContext(total_steps=9, micro_batches=micro_batches)
+    config = section(modules=["0"], operands=operands, backend="auto")
+    technique = SlopeTechnique(config, context)
+    actions = technique.plan(Inventory.from_model(model))
+    assert actions[0].buffer_bytes == 2 * (64 * 64 // 8 + 64 * 64 * 2 * sixteenths // 16)
+    technique.apply(model, actions)
+    assert [product.operands.rewritten for _, _, product in technique.layers] == [sixteenths == 1]
+
+
 def test_the_start_of_the_adapters_is_rounded_to_a_step() -> None:
     def start(total: int | None, **adapter: Any) -> float:
         return SlopeTechnique(
