@@ -37,8 +37,17 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         "commit": os.environ.get("COMMIT") or found.stdout.strip() or "unknown",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
     }
+
+
+def command() -> str:
+    """The command line as anybody would repeat it: without the output's folder, paths from the root on."""
+    words = ["python", *sys.argv]
+    if "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    return shlex.join(word.replace(f"{ROOT}/", "") for word in words)
 
 
 def write_csv(name: str, rows: Sequence[Mapping[str, Any]], folder: Path, device: torch.device) -> Path:

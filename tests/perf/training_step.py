@@ -117,7 +117,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     steady = [record for record in records if record["kind"] == "train"][1:]
     row: dict[str, Any] = {"case": name, "gpus": arguments.gpus, "micro_batch": case.micro, "zero": case.zero}
     row |= {"gpu": run.get("gpu"), **run.get("versions", {})}
-    row |= {"commit": commit(), "command": " ".join(argv[argv.index("--deepspeed_config") + 2 :])}
+    shown = [
+        word
+        for word in argv[argv.index("--deepspeed_config") + 2 :]
+        if word not in ("--run-dir", str(folder))
+    ]
+    row |= {"commit": commit(), "command": " ".join(shown)}
     if done.returncode != 0 or not steady:
         lines = (done.stderr or done.stdout).strip().splitlines()
         memory = [line for line in lines if "out of memory" in line.lower()]
