@@ -133,6 +133,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "rmm_layers.md": rmm_results.layers,
     "rmm_memory.md": rmm_results.memory,
     "rmm_kernels.md": rmm_results.kernels,
+    "rmm_tried.md": rmm_results.tried,
     "rmm_quality.md": rmm_results.quality,
 }
 

@@ -35,6 +35,8 @@ SKETCHES = ("gaussian", "rademacher", "srht", "count", "rows")
 LAYER = "python tests/perf/rmm_layer.py"
 KERNELS = "python tests/perf/rmm_kernels.py"
 QUALITY = "python tests/perf/rmm_quality.py run --size 125m"
+WAYS = ("gemm", "hadamard")  # on CUDA; for rows "fused" too
+TRIED = ("gemm", "generated", "fused", "hadamard")
 _PARTS = {"block": "GPT block, pass", "encoder": "encoder, step"}
 
 
@@ -107,7 +109,11 @@ def _pair(row: Row, name: str) -> str:
 
 
 def kernels() -> str:
-    """Return the table of the projections by themselves."""
+    """Return the table of the projections by themselves.
+
+    Before their own file is there, those lines of the comparison in `tried` whose code is still here.
+    """
+    name = "rmm_projections" if read("rmm_projections") else "rmm_kernels"
 
     def render(rows: list[Row]) -> list[str]:
         return table(
@@ -119,11 +125,32 @@ def kernels() -> str:
                  f"{number(row, 'speedup_over_given_sketch', 2)}x",
                  number(row, "plain_torch_milliseconds", 4),
                  f"{number(row, 'speedup_over_plain_torch', 2)}x" if row["speedup_over_plain_torch"] else "-")
-                for row in rows
+                for row in rows if row["way"] in WAYS or (row["sketch"], row["way"]) == ("rows", "fused")
             ),
         )  # fmt: skip
 
-    return each("rmm_kernels", render, KERNELS)
+    return each(name, render, KERNELS)
+
+
+def tried() -> str:
+    """Return the comparison of the ways to S^T X, those that are no longer in the tree included."""
+
+    def render(rows: list[Row]) -> list[str]:
+        groups: dict[tuple[str, ...], dict[str, Row]] = {}
+        for row in rows:
+            what = (row["sketch"], row["shape"], f"{row['block']} to {row['projected']}")
+            groups.setdefault(what, {})[row["way"]] = row
+        return table(
+            ("sketch", "X", "block to rows", "`gemm`, ms", "`generated`, ms", "`fused`, ms", "`hadamard`, ms",
+             "floor, ms"),
+            (
+                (*what, *(number(ways.get(way, {}), "milliseconds", 4) for way in TRIED),
+                 number(ways["gemm"], "floor_milliseconds", 4))
+                for what, ways in groups.items() if "gemm" in ways
+            ),
+        )  # fmt: skip
+
+    return each("rmm_kernels", render)
 
 
 def quality() -> str:

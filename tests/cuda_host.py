@@ -21,6 +21,8 @@ GUARD = 16  # elements around a result that must stay as they were
 def build(spec: OpSpec, folder: Path) -> ctypes.CDLL:
     """The library of an op, from the sources that nvcc compiles, with launches written as calls.
 
+    Dynamic shared memory becomes a pointer. Sources are compiled side by side.
+
     Args:
         spec: its CUDA row.
         folder: where files are written.
@@ -31,14 +33,24 @@ def build(spec: OpSpec, folder: Path) -> ctypes.CDLL:
             r"(\w+(?:<[^<>()]*>)?)<<<(.+?)>>>\(", r"host::launch(\1, \2)(", source.read_text(), flags=re.S
         )
         assert "<<<" not in text
+        text = re.sub(
+            r"extern __shared__ (\w+) (\w+)\[\];",
+            r"\1* const \2 = reinterpret_cast<\1*>(host::dynamic_memory());",
+            text,
+        )
         found += launches
         made.append(folder / f"{source.stem}.cpp")
         made[-1].write_text(text)
     assert found
     include = [f"-I{path}" for path in (SHIM, *spec.include_dirs())]
-    library = folder / "kernels.so"
-    command = [*toolchain.find_cxx(), "-std=c++17", "-O1", "-fPIC", "-shared", *include]
-    subprocess.run([*command, *map(str, made), "-o", str(library)], check=True)
+    library, objects = folder / "kernels.so", [source.with_suffix(".o") for source in made]
+    command = [*toolchain.find_cxx(), "-std=c++17", "-O1", "-fPIC"]
+    running = [
+        subprocess.Popen([*command, *include, "-c", str(source), "-o", str(target)])
+        for source, target in zip(made, objects, strict=True)
+    ]
+    assert not any([compiler.wait() for compiler in running])
+    subprocess.run([*command, "-shared", *map(str, objects), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -22,8 +22,8 @@ LONGER_FUNCTIONS = {"launch/pretrain_gpt.py main": 80}
 _CORE_BASE = tuple(
     f"ds_efficient.core.{name}"
     for name in (
-        "keys technique shape inventory inventory_torch layout linear_seam plain_linears weight_gradient "
-        "state gpu_peaks deepspeed_compat deepspeed_files deepspeed_schema"
+        "keys passes technique shape inventory inventory_torch layout linear_seam plain_linears "
+        "weight_gradient state gpu_peaks deepspeed_compat deepspeed_files deepspeed_schema"
     ).split()
 )
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (

@@ -19,6 +19,7 @@ probability about m^2 / 2^65. BLAKE2b: RFC 7693.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ _PERSON = b"ds_efficient.k%d" % KEY_VERSION
 
 
 def _encode(part: int | str) -> bytes:
+    if type(part) is int:  # the usual case
+        return b"i%d\0" % part
     if isinstance(part, str):
         data = part.encode("utf-8")
         return b"s%d:%s\0" % (len(data), data)
@@ -39,6 +42,18 @@ def _encode(part: int | str) -> bytes:
         raise TypeError(
             f"a key is folded from integers and strings, got {part!r} of type {type(part).__name__}"
         ) from None
+
+
+def _encode_all(*parts: int | str) -> bytes:
+    return b"".join(map(_encode, parts))
+
+
+# All layers of a micro-batch fold the same parts. By type, since True equals 1 and is refused.
+_encode_again = functools.lru_cache(maxsize=256, typed=True)(_encode_all)
+
+
+def _hash(*parts: int | str) -> hashlib.blake2b:
+    return hashlib.blake2b(_encode_all(*parts), digest_size=8, person=_PERSON)
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,7 @@ class Key:
     value: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        encoded = b"".join([_encode(part) for part in (self.seed, *self.path)])
-        digest = hashlib.blake2b(encoded, digest_size=8, person=_PERSON).digest()
+        digest = _hash(self.seed, *self.path).digest()
         object.__setattr__(self, "value", int.from_bytes(digest, "little"))
 
     def fold(self, *parts: int | str) -> Key:
@@ -73,6 +87,33 @@ class Key:
 
     def __int__(self) -> int:
         return self.value
+
+
+class Subkeys:
+    """Values of many keys below one: ``Subkeys(key).value(*parts)`` is ``key.fold(*parts).value``.
+
+    What they have in common is hashed once, and no `Key` is made: for draws in every call of a layer.
+    """
+
+    __slots__ = ("_hash", "_key")
+
+    def __init__(self, key: Key) -> None:
+        self._key = key
+        self._hash = _hash(key.seed, *key.path)
+
+    def value(self, *parts: int | str) -> int:
+        """Return the 64-bit key.
+
+        Raises:
+            TypeError: a part is neither an integer nor a string.
+        """
+        state = self._hash.copy()
+        state.update(_encode_again(*parts))
+        return int.from_bytes(state.digest(), "little")
+
+    def __reduce__(self) -> tuple[type[Subkeys], tuple[Key]]:
+        """Copy and pickle the key; a hash can be neither copied by the copy module nor pickled."""
+        return Subkeys, (self._key,)
 
 
 def derive_key(

@@ -1,13 +1,19 @@
 """Which forward pass of a step a layer is in, also while activations are recomputed.
 
-A random draw that is keyed by the micro-batch must find the same micro-batch again when a checkpoint runs the
-layer a second time, inside of autograd's backward pass. Counting does not tell it: a pipeline has several
-micro-batches under way, one backward pass may belong to two forward passes, and what a checkpoint holds may
-be one layer or many. Autograd's own numbering does: every node of the graph carries the sequence number that
-it got when the forward pass made it, ever growing. So the number that is next when a forward pass begins is
-noted, and the node that causes a recomputation tells by its number which pass it belongs to. That holds for
-reentrant and other checkpoints, in any order; a checkpoint inside of a checkpoint is not covered, since its
-node is made by the recomputation.
+A random draw that is keyed by the micro-batch should find the same micro-batch again when a checkpoint runs
+the layer a second time, inside of autograd's backward pass.
+
+`Passes` is for draws that change what a layer computes, which the recomputation has to repeat in every case.
+Counting does not tell which pass it repeats: a pipeline has several micro-batches under way, one backward
+pass may belong to two forward passes, and what a checkpoint holds may be one layer or many. Autograd's own
+numbering does: every node of the graph carries the sequence number that it got when the forward pass made it,
+ever growing. So the number that is next when a forward pass begins is noted, and the node that causes a
+recomputation tells by its number which pass it belongs to. That holds for reentrant and other checkpoints, in
+any order; a checkpoint inside of a checkpoint is not covered, since its node is made by the recomputation.
+
+`Calls` is for draws whose key is saved for the backward pass, so that any draw in a recomputation is right.
+It counts the calls of one layer by itself: no model need be watched, and each call of a layer that a pass
+calls several times has a number of its own.
 """
 
 from __future__ import annotations
@@ -48,6 +54,7 @@ class Passes:
     def watch(self, model: nn.Module) -> None:
         """Count the passes of `model`: everything that it does belongs to one."""
 
+        @torch.compiler.disable
         def begins(module: nn.Module, inputs: Any) -> None:
             if not recomputing():
                 self._open = True
@@ -55,6 +62,7 @@ class Passes:
                 if self._trains:
                     self.begin()
 
+        @torch.compiler.disable
         def ends(module: nn.Module, inputs: Any, output: Any) -> None:
             if not recomputing():
                 self._open = False
@@ -95,3 +103,36 @@ class Passes:
             self.begin()
         self._seen.add(layer)
         return self.number
+
+
+class Calls:
+    """Counts the calls of one layer that are there to train it, from 0 in each optimizer step.
+
+    Calls inside of autograd's backward pass, which are recomputations, have a count of their own. Schedules
+    run backward passes in the order of the forward ones, so that the i-th recomputation is the i-th call.
+    """
+
+    __slots__ = ("_recomputed", "_run", "_step")
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._run = self._recomputed = 0
+
+    def count(self, step: int) -> int:
+        """Return the number of the call that runs now.
+
+        Args:
+            step: optimizer steps done; where it is another one than before, the counts begin again.
+        """
+        if self._step != step:
+            self._step = step
+            self._run = self._recomputed = 0
+        if torch._C._current_graph_task_id() == -1:
+            self._run += 1
+            return self._run - 1
+        self._recomputed += 1
+        return self._recomputed - 1
+
+    def restart(self) -> None:
+        """Count from 0 again."""
+        self._step = -1

@@ -26,14 +26,14 @@ class WeightGradient(Protocol):
     own in their place.
     """
 
-    def keep(self, x: Tensor, region: Region, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    def keep(self, x: Tensor, region: Region, cast: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what is saved in the place of the input.
 
         Args:
             x: (..., in), this rank's rows, the very tensor that the layer was called with: layers that read
                 the same one may share what is kept.
             region: what a tensor-parallel layer does around its product; nothing is communicated here.
-            dtype: of the product; default: that of `x`.
+            cast: `x` in the dtype of the product, where that is another one.
 
         Returns:
             Tensors to save; ``(x,)``, flattened to rows, for an exact gradient.

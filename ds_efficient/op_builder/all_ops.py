@@ -86,9 +86,7 @@ def _rows(
 _SPECS = (
     *_rows("keyed_random", "counter-based random numbers", cuda=("keyed_random_cuda",)),
     *_rows("slope", "N:M sparse matrices", cuda=("slope_cuda", "slope_operands")),
-    *_rows(
-        "rmm", "random sketches", cuda=("rmm_cuda", "rmm_tensor", "rmm_float", "rmm_gather", "rmm_hadamard")
-    ),
+    *_rows("rmm", "random sketches", cuda=("rmm_cuda", "rmm_hadamard")),
 )
 
 ALL_OPS: dict[str, OpSpec] = {spec.full_name: spec for spec in _SPECS}

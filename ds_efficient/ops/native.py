@@ -69,7 +69,7 @@ class NativeLibrary:
         if self._cuda:
             self._library.ds_efficient_cuda_error.restype = ctypes.c_char_p
 
-    def call(self, name: str, out: Tensor, *arguments: int | float | None) -> Tensor:
+    def call(self, name: str, out: Tensor, *arguments: int | float | ctypes.Structure | None) -> Tensor:
         """Call a function on the device of ``out``, on torch's current stream or threads; returns ``out``.
 
         Raises:
@@ -107,14 +107,15 @@ class NativeLibrary:
         """
         if backend == "reference":
             return None
-        if device.type not in ("cpu", "cuda"):
+        kind = device.type
+        if kind not in ("cpu", "cuda"):
             raise OpBuildError(
                 f'{cls.OP} has no native code for device {str(device)!r}; pass backend="reference"'
             )
-        found = _found.get((cls, device.type)) or _build(cls, device.type)
+        found = _found.get((cls, kind)) or _build(cls, kind)
         if isinstance(found, cls):
             return found
-        if backend == "auto" and device.type == "cpu":
+        if backend == "auto" and kind == "cpu":
             if cls not in _reported:
                 _reported.add(cls)
                 logger.warning(

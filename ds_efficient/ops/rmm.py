@@ -13,9 +13,8 @@ calls them.
 ``backend`` of every function: ``"auto"`` (compiled code; on the CPU plain torch where no compiler is found,
 which is logged once), ``"native"`` (compiled code or an error), ``"reference"`` (plain torch). `project` also
 takes ways of the compiled code by name: ``"gemm"`` (S of some blocks is generated and torch's batched
-products take it; for rows torch copies them), ``"fused"`` (one kernel makes S and the product),
-``"generated"`` (S of some blocks is generated and this package's product takes it, for blocks of at most
-2048 rows) and ``"hadamard"`` (the fast transform, srht only); else
+products take it; for rows torch copies them), ``"fused"`` (one function does all: for rows a copy; the
+others only on the CPU) and ``"hadamard"`` (the fast transform, srht only); else
 `ds_efficient.ops.rmm_operators.choose_way` chooses.
 """
 
@@ -34,6 +33,7 @@ from ds_efficient.ops.rmm_partition import SKETCHES, Partition, partition
 __all__ = ["BACKENDS", "DTYPES", "SKETCHES", "Partition", "partition", "project", "sketch_matrix"]
 
 BACKENDS = ("auto", "native", "reference")
+_WAYS = (*BACKENDS, *operators.WAYS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPERATORS = operators.LIBRARY  # the operators exist as long as this object
 
@@ -63,11 +63,12 @@ def project(x: Tensor, key: Key | int, sketch: str, parts: Partition, *, backend
         )
     if x.shape[0] != parts.rows:
         raise UserError(f"x has {x.shape[0]} rows, the partition is of {parts.rows}")
-    number = _checked(key, sketch, backend, (*BACKENDS, *operators.WAYS))
-    x = x.detach()
+    number = _checked(key, sketch, backend, _WAYS)
+    if x.requires_grad:
+        x = x.detach()
     if parts.exact:
         return x
-    plain = is_plain(x) and x.device.type != "meta"
+    plain = is_plain(x) and not x.is_meta
     run = operators.project if plain else torch.ops.ds_efficient.rmm_project
     return run(x, number, sketch, parts.block, parts.projected, parts.last_projected, backend)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import ClassVar
 
 import torch
@@ -14,8 +15,26 @@ from ds_efficient.ops.rmm_reference import VERSION
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _SKETCHES = {"gaussian": 0, "rademacher": 1, "srht": 2, "count": 3, "rows": 4}
 HADAMARD_LIMIT = 16384  # rows of the largest transform on CUDA
-_X = (POINTER, INT64, INT64, UINT64)
+_X = (POINTER, INT64, INT64)
 _OUT = (INT64, DOUBLE, POINTER, INT)
+
+
+class Units(ctypes.Structure):
+    """Which unit elements to make: some rows of a segment, in a dtype other than float64."""
+
+    _fields_: ClassVar = [
+        *((name, INT64) for name in ("sketch", "dtype", "base_row")),
+        ("before", UINT64),
+        *((name, INT64) for name in ("block", "projected", "first", "rows")),
+    ]
+
+    @classmethod
+    def of(cls, sketch: str, segment: Segment, first: int, rows: int, dtype: torch.dtype) -> Units:
+        """Rows ``first .. first + rows - 1`` of the segment."""
+        return cls(
+            _SKETCHES[sketch], _DTYPES[dtype], segment.base_row, segment.before(sketch), segment.block,
+            segment.projected, first, rows,
+        )  # fmt: skip
 
 
 class Library(NativeLibrary):
@@ -24,46 +43,47 @@ class Library(NativeLibrary):
     OP, PREFIX, VERSION = "rmm", "ds_efficient_rmm_", VERSION
     REFERENCE = "the same S, slower"
     SIGNATURES: ClassVar[Signatures] = {
-        "matrix": (UINT64, INT, INT64, UINT64, INT64, INT64, POINTER, INT64, INT64, POINTER, INT),
-        "apply": (*_X, INT, INT64, UINT64, INT64, INT64, POINTER, *_OUT),
-        "product": (POINTER, INT64, INT64, POINTER, INT64, INT64, *_OUT),
-        "hadamard": (*_X, INT64, INT64, INT64, POINTER, *_OUT),
+        "matrix": (UINT64, ctypes.POINTER(Units), POINTER, POINTER),
+        "rows": (*_X, INT64, INT64, POINTER, *_OUT),
+        "hadamard": (*_X, UINT64, INT64, INT64, INT64, POINTER, *_OUT),
     }
 
-    def matrix(
-        self, key: int, sketch: str, segment: Segment, chosen: Tensor | None, first: int, out: Tensor
-    ) -> Tensor:
-        """Fill ``out`` (rows, p), contiguous, with unit elements of rows ``first ..``; returns it."""
+    def matrix(self, key: int, units: Units, chosen: Tensor | None, out: Tensor) -> Tensor:
+        """Fill ``out``, whose memory holds the (rows, p) of ``units`` row by row; returns it."""
+        address = None if chosen is None else chosen.data_ptr()
+        return self.call("matrix", out, key, units, address, out.data_ptr())
+
+    def rows(self, x: Tensor, segment: Segment, chosen: Tensor, out: Tensor) -> Tensor:
+        """Fill ``out`` with the projection of the segment's rows ``x`` for the sketch rows; returns it."""
         return self.call(
-            "matrix", out, key, _SKETCHES[sketch], segment.base_row, segment.before(sketch), segment.block,
-            segment.projected, _address(chosen), first, out.shape[0], out.data_ptr(), _DTYPES[out.dtype],
+            "rows", out, x.data_ptr(), x.stride(0), x.shape[1], segment.block, segment.projected,
+            chosen.data_ptr(), segment.blocks, segment.scale("rows"), out.data_ptr(), _DTYPES[out.dtype],
         )  # fmt: skip
 
-    def apply(
-        self, x: Tensor, key: int, sketch: str, segment: Segment, chosen: Tensor | None, out: Tensor
-    ) -> Tensor:
-        """Fill ``out`` with the projection of the segment's rows ``x``; returns it."""
-        return self.call(
-            "apply", out, x.data_ptr(), x.stride(0), x.shape[1], key, _SKETCHES[sketch], segment.base_row,
-            segment.before(sketch), segment.block, segment.projected, _address(chosen), segment.blocks,
-            segment.scale(sketch), out.data_ptr(), _DTYPES[out.dtype],
-        )  # fmt: skip
-
-    def product(self, x: Tensor, units: Tensor, sketch: str, segment: Segment, out: Tensor) -> Tensor:
-        """The same with the unit elements of all rows given, (rows, p) of the dtype of ``x``."""
-        return self.call(
-            "product", out, x.data_ptr(), x.stride(0), x.shape[1], units.data_ptr(), segment.block,
-            segment.projected, segment.blocks, segment.scale(sketch), out.data_ptr(), _DTYPES[out.dtype],
-        )  # fmt: skip
-
-    def hadamard(self, x: Tensor, key: int, segment: Segment, chosen: Tensor | None, out: Tensor) -> Tensor:
+    def hadamard(self, x: Tensor, key: int, segment: Segment, chosen: Tensor, out: Tensor) -> Tensor:
         """The same for the sketch srht by the fast transform; returns ``out``."""
         return self.call(
             "hadamard", out, x.data_ptr(), x.stride(0), x.shape[1], key, segment.base_row, segment.block,
-            segment.projected, _address(chosen), segment.blocks, segment.scale("srht"), out.data_ptr(),
+            segment.projected, chosen.data_ptr(), segment.blocks, segment.scale("srht"), out.data_ptr(),
             _DTYPES[out.dtype],
         )  # fmt: skip
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+class CpuLibrary(Library):
+    """With the C++ function that makes S as it is used."""
+
+    SIGNATURES: ClassVar[Signatures] = {
+        **Library.SIGNATURES,
+        "apply": (*_X, UINT64, INT, INT64, UINT64, INT64, INT64, POINTER, *_OUT),
+    }
+
+    def apply(
+        self, x: Tensor, key: int, sketch: str, segment: Segment, chosen: Tensor | None, out: Tensor
+    ) -> Tensor:
+        """Fill ``out`` with the projection for any sketch but rows; returns it."""
+        return self.call(
+            "apply", out, x.data_ptr(), x.stride(0), x.shape[1], key, _SKETCHES[sketch], segment.base_row,
+            segment.before(sketch), segment.block, segment.projected,
+            None if chosen is None else chosen.data_ptr(), segment.blocks, segment.scale(sketch),
+            out.data_ptr(), _DTYPES[out.dtype],
+        )  # fmt: skip

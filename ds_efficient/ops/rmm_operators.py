@@ -1,7 +1,9 @@
 """Operators ``torch.ops.ds_efficient.rmm_*``; `ds_efficient.ops.rmm` checks arguments and calls them."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +11,13 @@ from torch import Tensor
 from ds_efficient.errors import UserError
 from ds_efficient.ops import rmm_reference as reference
 from ds_efficient.ops.keyed_random_native import Library as KeyedLibrary
-from ds_efficient.ops.rmm_native import HADAMARD_LIMIT, Library
+from ds_efficient.ops.rmm_native import HADAMARD_LIMIT, CpuLibrary, Library, Units
 from ds_efficient.ops.rmm_partition import Partition, Segment
 
 _UNSIGNED = 2**64 - 1
 _AT_ONCE = 1 << 22  # elements of S that exist at a time in batched products
-WAYS = ("gemm", "fused", "generated", "hadamard")
+_MANY = 2048  # rows of a projection from which on the fast transform on CUDA is the faster way
+WAYS = ("gemm", "fused", "hadamard")
 
 
 def choose_way(device: str, sketch: str, dtype: torch.dtype, segment: Segment) -> str:
@@ -25,17 +28,19 @@ def choose_way(device: str, sketch: str, dtype: torch.dtype, segment: Segment) -
         sketch, dtype, segment: what is projected.
 
     Returns:
-        ``"gemm"`` (S is generated and torch's batched matrix product takes it; for rows torch copies them),
-        ``"fused"`` (one kernel makes S and the product), ``"generated"`` (S of some blocks is
-        generated and this package's product takes it) or ``"hadamard"`` (the fast transform).
+        ``"gemm"`` (S of some blocks is generated and torch's batched matrix product takes it; for rows torch
+        copies them), ``"fused"`` (one function does all: for rows a copy; the others only on the CPU) or
+        ``"hadamard"`` (the fast transform). The measurements are in docs/internals/rmm.md.
     """
     if device == "cpu":
         if sketch == "srht":
             return "hadamard"
         return "gemm" if dtype == torch.float64 and sketch in ("gaussian", "rademacher") else "fused"
-    if sketch == "rows" and dtype != torch.float64:
+    if dtype == torch.float64:
+        return "gemm"
+    if sketch == "rows":
         return "fused"
-    if sketch == "srht" and 2048 < segment.choices(sketch) <= HADAMARD_LIMIT and dtype != torch.float64:
+    if sketch == "srht" and segment.projected >= _MANY and segment.choices(sketch) <= HADAMARD_LIMIT:
         return "hadamard"
     return "gemm"
 
@@ -48,14 +53,92 @@ def _check_way(way: str, device: str, sketch: str, dtype: torch.dtype, segment: 
         reason = 'only sketch="srht" has it'
     elif way == "hadamard" and on_cuda and segment.choices(sketch) > HADAMARD_LIMIT:
         reason = f"on CUDA blocks have at most {HADAMARD_LIMIT} rows for it, here {segment.block}"
-    elif way == "generated" and sketch == "rows":
-        reason = 'sketch="rows" copies rows'
-    elif way == "generated" and segment.block > reference.CHUNK:
-        reason = f"blocks have at most {reference.CHUNK} rows for it, here {segment.block}"
+    elif way == "fused" and on_cuda and sketch != "rows":
+        reason = 'on CUDA only sketch="rows" has it'
     elif way != "gemm" and on_cuda and dtype == torch.float64:
         reason = "float64 has no such kernel on CUDA"
     if reason:
         raise UserError(f'backend="{way}" does not go with these arguments: {reason}; use "auto"')
+
+
+class _Batch(NamedTuple):
+    """Blocks whose part of S exists at one time."""
+
+    units: Units
+    rows: slice | None  # of x, None for all
+    out: slice | None  # of the result
+    made: torch.dtype  # of S as it is generated
+    blocks: int
+    block: int
+    projected: int
+    s_shape: tuple[int, int, int]  # (blocks, p, block): each block's part transposed
+    s_stride: tuple[int, int, int]
+    scale: float
+
+
+class _Step(NamedTuple):
+    """How one segment is projected: by batched products, or the way named."""
+
+    way: str
+    segment: Segment
+    rows: slice | None
+    out: slice | None
+    chooses: bool
+    batches: tuple[_Batch, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    rows: int,
+    block: int,
+    projected: int,
+    last_projected: int,
+    sketch: str,
+    dtype: torch.dtype,
+    on_cuda: bool,
+    backend: str,
+) -> tuple[int, tuple[_Step, ...]]:
+    """Rows of the projection, and the steps to it. Cached: a layer asks with the same sizes in each call."""
+    parts, steps = _partition(rows, block, projected, last_projected), []
+    device = "cuda" if on_cuda else "cpu"
+    for segment in parts.segments():
+        way = backend if backend in WAYS else choose_way(device, sketch, dtype, segment)
+        _check_way(way, device, sketch, dtype, segment)
+        of_x = slice(segment.base_row, segment.base_row + segment.blocks * segment.block)
+        of_out = slice(segment.first_out, segment.first_out + segment.blocks * segment.projected)
+        whole = segment.blocks * segment.block == rows
+        batches: tuple[_Batch, ...] = ()
+        if way == "gemm" and sketch != "rows" and segment.block <= reference.CHUNK:
+            batches = _batches(rows, sketch, dtype, segment)
+        chooses = segment.choices(sketch) > 0
+        steps.append(
+            _Step(way, segment, None if whole else of_x, None if whole else of_out, chooses, batches)
+        )
+    return parts.total, tuple(steps)
+
+
+def _batches(rows: int, sketch: str, dtype: torch.dtype, segment: Segment) -> tuple[_Batch, ...]:
+    """The blocks of a segment, so many at a time that S stays small."""
+    b, p, found = segment.block, segment.projected, []
+    some, made = max(1, _AT_ONCE // (b * p)), torch.float32 if dtype == torch.float64 else dtype
+    for first in range(0, segment.blocks, some):
+        count = min(some, segment.blocks - first)
+        row, out, whole = segment.base_row + first * b, segment.first_out + first * p, count * b == rows
+        found.append(
+            _Batch(
+                Units.of(sketch, segment, first * b, count * b, made),
+                None if whole else slice(row, row + count * b),
+                None if whole else slice(out, out + count * p),
+                made,
+                blocks=count,
+                block=b,
+                projected=p,
+                s_shape=(count, p, b),
+                s_stride=(b * p, 1, p),
+                scale=segment.scale(sketch),
+            )
+        )
+    return tuple(found)
 
 
 def project(
@@ -68,38 +151,70 @@ def project(
     backend: str,
 ) -> Tensor:
     """Run `ds_efficient.ops.rmm.project`, arguments checked."""
-    parts = _partition(x.shape[0], block, projected, last_projected)
     key &= _UNSIGNED
-    library = Library.for_device(x.device, "native" if backend in WAYS else backend)
+    on_cuda = x.is_cuda
+    library = _library(x.device, on_cuda, backend)
+    rows, features = x.shape
     if library is None:
-        return reference.project(x, key, sketch, parts)
-    out = x.new_empty(parts.total, x.shape[1])
-    if not out.numel():
+        return reference.project(x, key, sketch, _partition(rows, block, projected, last_projected))
+    total, steps = _plan(rows, block, projected, last_projected, sketch, x.dtype, on_cuda, backend)
+    out = x.new_empty(total, features)
+    if not features:
         return out
-    segments = parts.segments()
-    for segment in segments:
-        way = backend if backend in WAYS else choose_way(x.device.type, sketch, x.dtype, segment)
-        _check_way(way, x.device.type, sketch, x.dtype, segment)
-        rows, target = x, out
-        if len(segments) > 1:
-            rows = x[segment.base_row : segment.base_row + segment.blocks * segment.block]
-            target = out[segment.first_out : segment.first_out + segment.blocks * segment.projected]
-        chosen = _choose(key, sketch, segment, x.device)
-        if way == "gemm":
-            if sketch == "rows":
-                _gather(rows, segment, chosen, target)
-            else:
-                _by_products(library, rows, key, sketch, segment, chosen, target)
-            continue
-        if rows.shape[1] > 1 and (rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]):
-            rows = rows.contiguous()
-        if way == "hadamard":
-            library.hadamard(rows, key, segment, chosen, target)
-        elif way == "generated":
-            _by_own_products(library, rows, key, sketch, segment, chosen, target)
+    for step in steps:
+        chosen = _choose(key, sketch, step.segment, x.device) if step.chooses else None
+        if step.batches:
+            for batch in step.batches:
+                _multiply(library, x, key, chosen, batch, out)
         else:
-            library.apply(rows, key, sketch, segment, chosen, target)
+            source = x if step.rows is None else x[step.rows]
+            target = out if step.out is None else out[step.out]
+            _run(library, source, key, sketch, step, chosen, target)
     return out
+
+
+def _library(device: torch.device, on_cuda: bool, backend: str) -> Library | None:
+    return (Library if on_cuda else CpuLibrary).for_device(device, "native" if backend in WAYS else backend)
+
+
+def _multiply(
+    library: Library, x: Tensor, key: int, chosen: Tensor | None, batch: _Batch, out: Tensor
+) -> None:
+    """torch's products with the generated S of some blocks. Few calls: each costs a microsecond.
+
+    Sizes are given to views one by one, which takes torch half as long as a tuple.
+    """
+    if batch.rows is not None:
+        x, out = x[batch.rows], out[batch.out]
+    s = x.new_empty_strided(batch.s_shape, batch.s_stride, dtype=batch.made)
+    library.matrix(key, batch.units, chosen, s)
+    if batch.made != x.dtype:
+        s = s.to(x.dtype)
+    blocks, rows, p = batch.blocks, batch.block, batch.projected
+    out.view(blocks, p, -1).baddbmm_(s, x.view(blocks, rows, -1), beta=0, alpha=batch.scale)
+
+
+def _run(
+    library: Library, x: Tensor, key: int, sketch: str, step: _Step, chosen: Tensor | None, out: Tensor
+) -> None:
+    """What is not done by batched products."""
+    if step.way == "gemm":
+        if sketch == "rows":
+            _gather(x, step.segment, chosen, out)
+        else:
+            _by_chunks(library, x, key, sketch, step.segment, chosen, out)
+        return
+    if x.shape[1] > 1 and (x.stride(1) != 1 or x.stride(0) < x.shape[1]):
+        x = x.contiguous()
+    if step.way == "hadamard":
+        assert chosen is not None
+        library.hadamard(x, key, step.segment, chosen, out)
+    elif sketch == "rows":
+        assert chosen is not None
+        library.rows(x, step.segment, chosen, out)
+    else:
+        assert isinstance(library, CpuLibrary)
+        library.apply(x, key, sketch, step.segment, chosen, out)
 
 
 def _choose(key: int, sketch: str, segment: Segment, device: torch.device) -> Tensor | None:
@@ -116,24 +231,13 @@ def _made(
     library: Library, key: int, sketch: str, segment: Segment, chosen: Tensor | None, first: int, out: Tensor
 ) -> Tensor:
     """Unit elements in the dtype of ``out``; float64 holds float32 numbers."""
-    if out.dtype != torch.float64:
-        return library.matrix(key, sketch, segment, chosen, first, out)
-    narrow = torch.empty_like(out, dtype=torch.float32)
-    return out.copy_(library.matrix(key, sketch, segment, chosen, first, narrow))
+    if out.dtype == torch.float64:
+        narrow = torch.empty_like(out, dtype=torch.float32)
+        return out.copy_(_made(library, key, sketch, segment, chosen, first, narrow))
+    return library.matrix(key, Units.of(sketch, segment, first, out.shape[0], out.dtype), chosen, out)
 
 
-def _generated(
-    library: Library, x: Tensor, key: int, sketch: str, segment: Segment, chosen: Tensor | None
-) -> Iterator[tuple[int, int, Tensor]]:
-    """First block, number of blocks and their unit elements (rows, p), so many that S stays small."""
-    some = max(1, _AT_ONCE // (segment.block * segment.projected))
-    for first in range(0, segment.blocks, some):
-        count = min(some, segment.blocks - first)
-        s = x.new_empty(count * segment.block, segment.projected)
-        yield first, count, _made(library, key, sketch, segment, chosen, first * segment.block, s)
-
-
-def _by_own_products(
+def _by_chunks(
     library: Library,
     x: Tensor,
     key: int,
@@ -142,34 +246,8 @@ def _by_own_products(
     chosen: Tensor | None,
     out: Tensor,
 ) -> None:
-    """This package's products with the generated S of some blocks."""
-    blocks, targets = x.unflatten(0, (-1, segment.block)), out.unflatten(0, (-1, segment.projected))
-    for first, count, s in _generated(library, x, key, sketch, segment, chosen):
-        rows, target = (
-            blocks[first : first + count].flatten(0, 1),
-            targets[first : first + count].flatten(0, 1),
-        )
-        library.product(rows, s, sketch, replace(segment, blocks=count), target)
-
-
-def _by_products(
-    library: Library,
-    x: Tensor,
-    key: int,
-    sketch: str,
-    segment: Segment,
-    chosen: Tensor | None,
-    out: Tensor,
-) -> None:
-    """torch's products with the generated S of some blocks, or of chunks of the rows of a long block."""
+    """torch's products with the generated S of chunks of the rows of a long block."""
     p, scale = segment.projected, segment.scale(sketch)
-    if segment.block <= reference.CHUNK:
-        blocks, targets = x.unflatten(0, (-1, segment.block)), out.unflatten(0, (-1, p))
-        for first, count, s in _generated(library, x, key, sketch, segment, chosen):
-            target = targets[first : first + count]
-            s = s.view(count, segment.block, p).transpose(1, 2)
-            torch.baddbmm(target, s, blocks[first : first + count], beta=0, alpha=scale, out=target)
-        return
     for block in range(segment.blocks):
         total: Tensor | None = None
         for start in range(0, segment.block, reference.CHUNK):
@@ -227,7 +305,7 @@ def matrix(
     key &= _UNSIGNED
     if device.type == "meta":
         return torch.empty(rows, parts.total, dtype=dtype, device=device)
-    library = Library.for_device(device, backend)
+    library = _library(device, device.type == "cuda", backend)
     if library is None:
         return reference.matrix(key, sketch, parts, dtype, device)
     made = []

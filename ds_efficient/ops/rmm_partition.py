@@ -87,7 +87,7 @@ class Partition:
     @property
     def exact(self) -> bool:
         """Whether nothing is saved, so that the matrix itself is kept: S = I."""
-        return self.total >= self.rows
+        return self.projected >= self.block and self.last_projected >= self.last_rows
 
     def segments(self) -> tuple[Segment, ...]:
         """The runs of equal blocks in the order of their rows; none for an empty matrix."""

@@ -60,43 +60,37 @@ class RandomizedProduct(nn.Module):
             bias: (out,) or None; only without a region.
             transposed: `weight` is (in, out), as of transformers' Conv1D.
         """
-        dtype = None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-        how = _How(self.sketch if self.training else None, region or _LOCAL, dtype, transposed)
         if torch.compiler.is_compiling():
-            return _apply_outside_graphs(x, weight, bias, how)
-        return _RandomizedLinear.apply(x, weight, bias, how)
+            return self._outside_graphs(x, weight, region or _LOCAL, bias, transposed)
+        return self._multiply(x, weight, region or _LOCAL, bias, transposed)
+
+    def _multiply(
+        self, x: Tensor, weight: Tensor, region: Region, bias: Tensor | None, transposed: bool
+    ) -> Tensor:
+        dtype = None
+        if torch._C._is_any_autocast_enabled():  # much faster than asking for one device
+            device = x.device.type
+            if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(device)
+        sketch = self.sketch if self.training else None
+        return _RandomizedLinear.apply(
+            x, weight, bias, (sketch, region, dtype, transposed, torch.is_grad_enabled())
+        )
+
+    @torch._disable_dynamo  # as torch.compiler.disable, without importing the compiler, which takes seconds
+    def _outside_graphs(self, *arguments: Any) -> Tensor:
+        """Multiply where torch.compile, which cannot trace the hash of a key, does not look."""
+        return self._multiply(*arguments)
 
 
-class _How:
-    """Everything about a call that is no tensor."""
-
-    __slots__ = ("dtype", "recording", "region", "sketch", "transposed")
-
-    def __init__(
-        self, sketch: Sketch | None, region: Region, dtype: torch.dtype | None, transposed: bool
-    ) -> None:
-        self.sketch = sketch
-        self.region = region
-        self.dtype = dtype
-        self.transposed = transposed
-        self.recording = torch.is_grad_enabled()
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """Return the tensor in the dtype of the products."""
-        return tensor if self.dtype is None else tensor.to(self.dtype)
-
-
-@torch._disable_dynamo  # as torch.compiler.disable, without importing the compiler, which takes two seconds
-def _apply_outside_graphs(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-    """Apply where torch.compile, which cannot trace the hash of a key, does not look."""
-    return _RandomizedLinear.apply(x, weight, bias, how)
+# Everything about a call that is no tensor: sketch, region, dtype of autocast, whether the weight is
+# transposed, whether gradients are recorded. A plain tuple: it is made in every call.
+_How = tuple[Sketch | None, Region, torch.dtype | None, bool, bool]
 
 
 def _flat(x: Tensor) -> Tensor:
     """Return (..., features) as (rows, features), also where there are none."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 class _RandomizedLinear(torch.autograd.Function):
@@ -104,43 +98,54 @@ class _RandomizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-        region = how.region
-        seen = how.cast(region.enter(x))
-        used = how.cast(weight)
-        offset = None if bias is None else how.cast(bias)
-        y = linear(seen, used.t() if how.transposed else used, offset)
+        sketch, region, dtype, transposed, recording = ctx.how = how
+        local, used, offset = x, weight, bias
+        if dtype is not None:
+            ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+            local, used = x.to(dtype), weight.to(dtype)
+            offset = None if bias is None else bias.to(dtype)
+        y = linear(region.enter(local), used.t() if transposed else used, offset)
+        needs_x, needs_weight, _, _ = ctx.needs_input_grad
         kept: tuple[Tensor, ...] = ()
-        if how.recording and ctx.needs_input_grad[1]:
-            if how.sketch is not None:
-                kept = how.sketch.keep(x, region, how.dtype)
-            else:
-                kept = (_flat(how.cast(x)),)
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        ctx.how, ctx.x_dtype = how, x.dtype
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        if needs_weight and recording:
+            kept = (_flat(local),) if sketch is None else sketch.keep(x, region, local)
+        ctx.save_for_backward(weight if needs_x else None, *kept)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        weight, *kept = ctx.saved_tensors
-        how, region, sketch = ctx.how, ctx.how.region, ctx.how.sketch
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        flat = _flat(dy)
-        # Before the input's gradient is on its way: transfers of one group run one after another.
-        seen: tuple[Tensor, ...] = ()
-        if needs_weight:
-            seen = sketch.gather(tuple(kept), region) if sketch else (region.enter(kept[0]),)
-        finish = None
-        if needs_x:
-            used = how.cast(weight)
-            dx = flat @ (used.t() if how.transposed else used)
-            finish = region.leave(dx.view(*dy.shape[:-1], dx.shape[-1]))
-        weight_dtype, bias_dtype = ctx.dtypes
-        d_weight = d_bias = None
-        if needs_weight:
-            d_weight = sketch.gradient(flat, seen) if sketch else flat.t() @ seen[0]
-            d_weight = (d_weight.t() if how.transposed else d_weight).to(weight_dtype)
-        if needs_bias:
-            d_bias = flat.sum(0).to(bias_dtype)
-        return (finish().to(ctx.x_dtype) if finish is not None else None), d_weight, d_bias, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` does something where create_graph=True alone, and takes microseconds.
+        return _gradients_once(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of `_RandomizedLinear`'s arguments."""
+    weight, *kept = ctx.saved_tensors
+    sketch, region, dtype, transposed, _ = ctx.how
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    flat = _flat(dy)
+    # Before the input's gradient is on its way: transfers of one group run one after another.
+    seen: tuple[Tensor, ...] = ()
+    if needs_weight:
+        seen = sketch.gather(tuple(kept), region) if sketch else (region.enter(kept[0]),)
+    dx = d_weight = d_bias = None
+    finish = None
+    if needs_x:
+        used = weight if dtype is None else weight.to(dtype)
+        dx = torch.mm(flat, used.t() if transposed else used)
+        finish = region.leave(dx if flat is dy else dx.view(*dy.shape[:-1], dx.shape[-1]))
+    if needs_weight:
+        d_weight = sketch.gradient(flat, seen) if sketch else torch.mm(flat.t(), seen[0])
+        if transposed:
+            d_weight = d_weight.t()
+    if needs_bias:
+        d_bias = flat.sum(0)
+    if finish is not None:
+        dx = finish()
+    if dtype is None:
+        return dx, d_weight, d_bias, None
+    found = zip((dx, d_weight, d_bias), ctx.dtypes, strict=True)
+    return *(None if gradient is None else gradient.to(dtype) for gradient, dtype in found), None
+
+
+_gradients_once = once_differentiable(_gradients)

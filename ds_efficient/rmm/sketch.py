@@ -5,23 +5,29 @@ The projection S^T X of the forward pass and S^T Y of the backward pass use one 
     key = (layer's key, step, micro-batch, data-parallel rank [, rank whose rows they are])
 
 the last under sequence parallelism only. The micro-batch is counted by each layer, since the training loop
-need not say it: one counter for passes outside of autograd's backward pass and one for passes inside of it,
-which are recomputations. Pipelines run backward passes in the order of the forward ones, so the i-th
-recomputation is the i-th forward pass and finds its key; where an order is another one, as with nested
-checkpoints, the gradient is still right, because what is saved carries its key with it.
+need not say it (`ds_efficient.core.passes.Calls`). Pipelines run backward passes in the order of the forward
+ones, so the i-th recomputation is the i-th forward pass and finds its key; where an order is another one, as
+with nested checkpoints, the gradient is still right, because what is saved carries its key with it.
+
+A layer is called a hundred times a step and a GPU waits for none of it, so what is the same in every call is
+made once: the hash of the layer's key, and the sizes that follow from the number of rows.
 """
 
 from __future__ import annotations
 
+import functools
+import struct
 import threading
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_efficient.core.keys import Key
+from ds_efficient.core.keys import Key, Subkeys
 from ds_efficient.core.linear_seam import Region
+from ds_efficient.core.passes import Calls
 from ds_efficient.errors import UserError
 from ds_efficient.ops.rmm import SKETCHES, Partition, partition, project
 from ds_efficient.rmm.monitor import measure, squared_norms
@@ -30,7 +36,30 @@ _PARTS = 5  # integers of a partition, at the front of a note
 _UNSIGNED = (1 << 64) - 1
 
 
-@dataclass
+class _Sizes(NamedTuple):
+    """A partition and what is asked of it in every call, which computes it anew."""
+
+    parts: Partition
+    exact: bool
+    total: int
+    numbers: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(rows: int, ratio: float, block_size: int, min_rows: int) -> _Sizes:
+    parts = partition(rows, ratio, block_size=block_size, min_rows=min_rows)
+    numbers = parts.rows, parts.block, parts.projected, parts.last_rows, parts.last_projected
+    return _Sizes(parts, parts.exact, parts.total, numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_sizes(*numbers: int) -> _Sizes:
+    """Return the sizes with these numbers, which a note has at its front."""
+    parts = Partition(*numbers)
+    return _Sizes(parts, parts.exact, parts.total, numbers)
+
+
+@dataclass(slots=True)
 class Clock:
     """What the layers of a run have in common.
 
@@ -50,20 +79,21 @@ class Clock:
         return self.interval > 0 and self.step % self.interval == 0
 
 
-@dataclass
 class _Projected:
     """The latest projection of a thread, for layers that read the same input."""
 
-    owner: Sketch
-    version: int
-    settings: tuple[object, ...]
-    kept: tuple[Tensor, ...]
-    users: set[int] = field(default_factory=set)
-    input: weakref.ref[Tensor] | None = None
+    __slots__ = ("input", "kept", "owner", "settings", "users", "version")
 
-    def drop(self, _: object = None) -> None:
-        """Let go of the tensors; called when the input is gone."""
-        self.kept = ()
+    def __init__(
+        self, owner: Sketch, x: Tensor, settings: tuple[object, ...], kept: tuple[Tensor, ...]
+    ) -> None:
+        self.owner = owner
+        self.version = x._version
+        self.settings = settings
+        self.kept = held = list(kept)
+        self.users = {id(owner)}
+        # Nothing here refers back to this object, which would then wait for the garbage collector.
+        self.input = weakref.ref(x, lambda _: held.clear())
 
 
 class _Latest(threading.local):
@@ -73,7 +103,7 @@ class _Latest(threading.local):
 _LATEST = _Latest()
 
 
-@dataclass
+@dataclass(slots=True)
 class Tally:
     """What a layer did with the input of its latest micro-batch, and how often it projected.
 
@@ -132,43 +162,37 @@ class Sketch:
         self.tally = Tally()
         self.noise: Tensor | None = None
         self.leader: Sketch | None = None
-        self._counted_step = -1
-        self._passes = [0, 0]
+        self._subkeys = Subkeys(key)
+        self._calls = Calls()
 
-    def keep(self, x: Tensor, region: Region, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    def keep(self, x: Tensor, region: Region, cast: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the projection of `x`, a note with keys and sizes, and where measuring its rows' norms.
 
         The projection is a plain tensor; the note is int64 on the CPU, so that reading it waits for nothing.
         An exact gradient keeps the rows themselves.
         """
-        micro_batch = self._count_pass()
-        rows = x.shape[:-1].numel()
-        parts = self.partition(rows, region.shards)
-        dtype = dtype or x.dtype
-        if parts.exact and not self.clock.measuring:
-            self.tally.rows = self.tally.projected = rows
-            self.tally.exact_bytes = self.tally.kept_bytes = x.numel() * dtype.itemsize
-            return (_flat(x).to(dtype),)
-        clock = self.clock
-        settings = (
-            parts,
-            self.kind,
-            dtype,
-            clock.step,
-            clock.rank,
-            clock.measuring,
-            region.shards,
-            region.shard,
-        )
+        clock, tally = self.clock, self.tally
+        micro_batch = self._calls.count(clock.step)
+        used = x if cast is None else cast
+        rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
+        shards, measuring = region.shards, clock.measuring
+        sizes = _sizes(rows, self.ratio, self.block_size, -(-self.min_rows // shards))
+        tally.rows = rows
+        if sizes.exact and not measuring:
+            tally.projected = rows
+            tally.exact_bytes = tally.kept_bytes = used.nbytes
+            return (_flat(used.detach()),)
+        place = region.shard if shards > 1 else 0
+        settings = (sizes, self.kind, used.dtype, clock.step, clock.rank, measuring, shards, place)
         kept = self._shared(x, settings)
         if kept is None:
-            kept = self._kept(x, parts, dtype, region, micro_batch)
-            self.tally.exact_bytes, self.tally.kept_bytes = x.numel() * dtype.itemsize, kept[0].nbytes
-            self._share(x, settings, kept)
+            kept = self._kept(_flat(used), sizes, self._keys(micro_batch, shards), place, measuring)
+            tally.exact_bytes, tally.kept_bytes = used.nbytes, kept[0].nbytes
+            _LATEST.found = _Projected(self, x, settings, kept)
         else:
-            self.tally.exact_bytes = self.tally.kept_bytes = 0
-        self.tally.projections += not parts.exact
-        self.tally.rows, self.tally.projected = rows, rows if parts.exact else parts.total
+            tally.exact_bytes = tally.kept_bytes = 0
+        tally.projections += not sizes.exact
+        tally.projected = rows if sizes.exact else sizes.total
         return kept
 
     def partition(self, rows: int, shards: int = 1) -> Partition:
@@ -178,48 +202,38 @@ class Sketch:
             rows: of this rank's input.
             shards: ranks that hold as many each, whose projections together have `min_rows`.
         """
-        fewest = -(-self.min_rows // shards)
-        return partition(rows, self.ratio, block_size=self.block_size, min_rows=fewest)
+        return _sizes(rows, self.ratio, self.block_size, -(-self.min_rows // shards)).parts
+
+    def _keys(self, micro_batch: int, shards: int) -> list[int]:
+        """Return the key of every rank whose rows are joined."""
+        step, rank = self.clock.step, self.clock.rank
+        if shards == 1:
+            return [self._subkeys.value(step, micro_batch, rank)]
+        return [self._subkeys.value(step, micro_batch, rank, shard) for shard in range(shards)]
 
     def _kept(
-        self, x: Tensor, parts: Partition, dtype: torch.dtype, region: Region, micro_batch: int
+        self, flat: Tensor, sizes: _Sizes, keys: list[int], place: int, measuring: bool
     ) -> tuple[Tensor, ...]:
-        flat = _flat(x).to(dtype)
-        key = self.key.fold(self.clock.step, micro_batch, self.clock.rank)
-        shards = region.shards
-        keys = [int(key)] if shards == 1 else [int(key.fold(shard)) for shard in range(shards)]
-        sizes = (parts.rows, parts.block, parts.projected, parts.last_rows, parts.last_projected)
-        note = torch.tensor([*sizes, *map(_signed, keys)], dtype=torch.int64, device="cpu")
-        projected = flat if parts.exact else project(flat, keys[region.shard], self.kind, parts)
-        return (projected, note, squared_norms(flat)) if self.clock.measuring else (projected, note)
-
-    def _count_pass(self) -> int:
-        """Return which micro-batch of the step this pass is; see the module."""
-        if self._counted_step != self.clock.step:
-            self._counted_step, self._passes = self.clock.step, [0, 0]
-        inside = int(torch._C._current_graph_task_id() != -1)
-        self._passes[inside] += 1
-        return self._passes[inside] - 1
+        # Takes less than half the time of torch.tensor; the tensor has the bytes themselves.
+        written = struct.pack(f"{_PARTS}q{len(keys)}Q", *sizes.numbers, *keys)
+        note = torch.frombuffer(bytearray(written), dtype=torch.int64)
+        projected = flat.detach() if sizes.exact else project(flat, keys[place], self.kind, sizes.parts)
+        return (projected, note, squared_norms(flat)) if measuring else (projected, note)
 
     def restart(self) -> None:
         """Count micro-batches from 0 again."""
-        self._counted_step = -1
+        self._calls.restart()
 
     def _shared(self, x: Tensor, settings: tuple[object, ...]) -> tuple[Tensor, ...] | None:
         """Return what another layer kept of the very same input, once for each layer."""
         found = _LATEST.found
-        if found is None or not found.kept or id(self) in found.users or found.input is None:
+        if found is None or found.input() is not x or id(self) in found.users:
             return None
-        if found.input() is not x or found.version != x._version or found.settings != settings:
+        if found.version != x._version or found.settings != settings:
             return None
         found.users.add(id(self))
         self.leader = found.owner
-        return found.kept
-
-    def _share(self, x: Tensor, settings: tuple[object, ...], kept: tuple[Tensor, ...]) -> None:
-        entry = _Projected(self, x._version, settings, kept, {id(self)})
-        entry.input = weakref.ref(x, entry.drop)
-        _LATEST.found = entry
+        return tuple(found.kept)
 
     def gather(self, kept: tuple[Tensor, ...], region: Region) -> tuple[Tensor, ...]:
         """Return `kept` with the rows of all ranks; the note knows the keys of all of them."""
@@ -233,36 +247,31 @@ class Sketch:
 
     def gradient(self, dy: Tensor, gathered: tuple[Tensor, ...]) -> Tensor:
         """Return (S^T dY)^T (S^T X), or dY^T X where the rows themselves were kept."""
-        seen, *rest = gathered
-        if not rest:
-            return dy.t() @ seen
-        numbers = rest[0].tolist()
-        parts = Partition(*numbers[:_PARTS])
-        keys = [value & _UNSIGNED for value in numbers[_PARTS:]]
-        projected = dy
-        if not parts.exact:
-            pieces = [
-                project(rows, key, self.kind, parts)
-                for rows, key in zip(dy.split(parts.rows), keys, strict=True)
-            ]
-            projected = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        found = projected.t() @ seen
-        if len(rest) == 2:
-            noise = measure(
-                rest[1], squared_norms(dy), seen, projected, found, parts, self.kind, shards=len(keys)
-            )
+        seen = gathered[0]
+        if len(gathered) == 1:
+            return torch.mm(dy.t(), seen)
+        numbers = gathered[1].tolist()
+        sizes = _read_sizes(*numbers[:_PARTS])
+        keys = numbers[_PARTS:]
+        projected = dy if sizes.exact else self._projected(dy, keys, sizes.parts)
+        found = torch.mm(projected.t(), seen)
+        if len(gathered) == 3:
+            norms, own = gathered[2], squared_norms(dy)
+            noise = measure(norms, own, seen, projected, found, sizes.parts, self.kind, shards=len(keys))
             self.noise = noise if self.noise is None else self.noise + noise
         return found
+
+    def _projected(self, dy: Tensor, keys: list[int], parts: Partition) -> Tensor:
+        """Return S^T dY, each rank's rows with its key."""
+        if len(keys) == 1:
+            return project(dy, keys[0] & _UNSIGNED, self.kind, parts)
+        pieces = zip(dy.split(parts.rows), keys, strict=True)
+        return torch.cat([project(rows, key & _UNSIGNED, self.kind, parts) for rows, key in pieces])
 
 
 def _flat(x: Tensor) -> Tensor:
     """Return (..., in) as (rows, in), also where there are none."""
-    return x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _signed(value: int) -> int:
-    """Return the int64 with the bits of an unsigned number."""
-    return value - (1 << 64) if value >> 63 else value
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _check(ratio: float, kind: str, block_size: int, min_rows: int) -> None:

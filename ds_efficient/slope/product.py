@@ -227,6 +227,7 @@ class SparseProduct(nn.Module):
         Returns:
             (..., out); under sequence parallelism the leading dimension is that of all ranks.
         """
+        called_with = x
         down: Tensor | None = self.adapter_down if self.adapter_active else None
         up: Tensor | None = self.adapter_up if self.adapter_active else None
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -237,9 +238,10 @@ class SparseProduct(nn.Module):
         source = self.weight_gradient_source
         if source is None or not (self.training and torch.is_grad_enabled()):
             return _SparseLinear.apply(x, weight, down, up, self, region or _LOCAL, None)
+        keeping = source, called_with
         if torch.compiler.is_compiling():
-            return _apply_outside_graphs(x, weight, down, up, self, region or _LOCAL, source)
-        return _SparseLinear.apply(x, weight, down, up, self, region or _LOCAL, source)
+            return _apply_outside_graphs(x, weight, down, up, self, region or _LOCAL, keeping)
+        return _SparseLinear.apply(x, weight, down, up, self, region or _LOCAL, keeping)
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x (W^R)^T of (tokens, in), (tokens, out); no gradient."""
@@ -281,8 +283,10 @@ class _SparseLinear(torch.autograd.Function):
         up: Tensor | None,
         product: SparseProduct,
         region: Region,
-        source: WeightGradient | None,
+        keeping: tuple[WeightGradient, Tensor] | None,
     ) -> Tensor:
+        """Multiply; `keeping` is what estimates the weight gradient, and x before it was cast."""
+        source, called_with = keeping or (None, x)
         seen = region.enter(x)
         flat = seen.reshape(-1, seen.shape[-1]).contiguous()
         y = product.multiply(flat, weight)
@@ -291,7 +295,9 @@ class _SparseLinear(torch.autograd.Function):
             low = flat @ down.t()
             y.addmm_(low, up.t())
         needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        kept = (x,) if source is None else source.keep(x, region) if needed else ()
+        kept: tuple[Tensor, ...] = (x,)
+        if source is not None:
+            kept = source.keep(called_with, region, x) if needed else ()
         ctx.save_for_backward(weight, down, up, low, *kept)
         ctx.product, ctx.region, ctx.source = product, region, source
         return y.view(*seen.shape[:-1], y.shape[-1])

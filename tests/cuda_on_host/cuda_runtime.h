@@ -218,11 +218,16 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return host::fibers[threadIdx.x].ballot;
 }
 
-inline void __syncwarp() { host::wait_at(host::kAtWarpBarrier); }
-
-inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
+inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned delta) {
   const host::Exchange* const all = host::exchange(&value, sizeof value);
-  memcpy(&value, all[(threadIdx.x % 32) ^ static_cast<unsigned>(mask)].bytes, sizeof value);
+  const unsigned lane = threadIdx.x % 32;
+  if (lane >= delta) memcpy(&value, all[lane - delta].bytes, sizeof value);
+  return value;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
   return value;
 }
 

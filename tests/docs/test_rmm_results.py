@@ -71,15 +71,29 @@ def test_layers_blocks_and_figures_show_their_numbers(results: ModuleType, tmp_p
 
 
 def test_kernels_show_their_numbers(results: ModuleType, tmp_path: Path) -> None:
-    row = {"sketch": "count", "way": "fused", "shape": "8x4", "block": 512, "projected": 64,
-           "milliseconds": 0.01234, "fraction_of_floor": 0.876, "speedup_over_given_sketch": 1.5}  # fmt: skip
-    write(tmp_path, "rmm_kernels", [
-        {**row, "plain_torch_milliseconds": 0.5, "speedup_over_plain_torch": 40.0},
-        {**row, "way": "gemm", "plain_torch_milliseconds": "", "speedup_over_plain_torch": ""},
-    ])  # fmt: skip
+    row = {"sketch": "count", "way": "gemm", "shape": "8x4", "block": 512, "projected": 64,
+           "milliseconds": 0.01234, "fraction_of_floor": 0.876, "speedup_over_given_sketch": 1.5,
+           "floor_milliseconds": 0.01}  # fmt: skip
+    torch = {"plain_torch_milliseconds": 0.5, "speedup_over_plain_torch": 40.0}
+    rows = [
+        {**row, **torch},
+        {**row, "way": "fused", "milliseconds": 0.04},
+        {**row, "sketch": "rows", "way": "fused", "milliseconds": 0.02},
+        {**row, "sketch": "srht"},
+        {**row, "sketch": "srht", "way": "hadamard", "milliseconds": 0.05},
+    ]
+    write(tmp_path, "rmm_kernels", rows)
     text = results.kernels()
-    assert "| count | fused | 8x4 | 512 to 64 | 0.0123 | 87.6% | 1.50x | 0.5000 | 40.00x |" in text
-    assert "| count | gemm | 8x4 | 512 to 64 | 0.0123 | 87.6% | 1.50x | - | - |" in text
+    assert "| count | gemm | 8x4 | 512 to 64 | 0.0123 | 87.6% | 1.50x | 0.5000 | 40.00x |" in text
+    assert "| rows | fused | 8x4 | 512 to 64 | 0.0200 | 87.6% | 1.50x | - | - |" in text
+    assert "| count | fused |" not in text
+    tried = results.tried()
+    assert "| count | 8x4 | 512 to 64 | 0.0123 | - | 0.0400 | - | 0.0100 |" in tried
+    assert "| srht | 8x4 | 512 to 64 | 0.0123 | - | - | 0.0500 | 0.0100 |" in tried
+    assert "rows" not in tried.replace("to rows", "")
+    write(tmp_path, "rmm_projections", [{**row, "milliseconds": 0.03, **torch}])
+    assert "0.0300" in results.kernels() and "0.0123" not in results.kernels()
+    assert results.tried() == tried
 
 
 def test_quality_compares_arms_of_one_seed(results: ModuleType, tmp_path: Path) -> None:
@@ -100,7 +114,7 @@ def test_every_measurement_in_the_repository_is_shown() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         module = importlib.import_module("rmm_results")
-        text = "".join(getattr(module, part)() for part in PARTS)
+        text = "".join(getattr(module, part)() for part in (*PARTS, "tried"))
     finally:
         sys.path.remove(str(ROOT / "docs"))
     for path in (ROOT / "docs" / "results" / "data").glob("rmm_*.csv"):

@@ -1,6 +1,6 @@
 """Random sketches on a GPU: S has the bits of plain torch on the CPU, products are as exact as torch's own.
 
-``-k small`` selects a subset that is quick under compute-sanitizer.
+``-k small`` selects a subset that is quick under compute-sanitizer: few tests, compared on the CPU.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import math
 
 import pytest
 import torch
-from rmm_library import CudaLibrary
 from torch import Tensor
 
 from ds_efficient.core.keys import Key
+from ds_efficient.errors import UserError
 from ds_efficient.ops import keyed_random, rmm
 from ds_efficient.ops import rmm_reference as reference
 from ds_efficient.ops.rmm_partition import SKETCHES, Partition, Segment
@@ -22,17 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DENSE = ("gaussian", "rademacher", "srht")
 INTEGER = {2: torch.int16, 4: torch.int32}
 KEY = Key(11).fold("rmm")
 DEVICE = torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def kernels() -> CudaLibrary:
-    library = CudaLibrary.for_device(DEVICE, "native")
-    assert library is not None
-    return library
 
 
 def draw(rows: int, features: int, dtype: torch.dtype, gap: int = 0, offset: int = 0) -> Tensor:
@@ -43,11 +35,11 @@ def draw(rows: int, features: int, dtype: torch.dtype, gap: int = 0, offset: int
     return x.copy_(keyed_random.normal(KEY.fold("x"), (rows, features), device=DEVICE))
 
 
-def units(sketch: str, segment: Segment, dtype: torch.dtype) -> Tensor:
-    """Unit elements of S of a whole segment by the definition, computed on the GPU."""
-    chosen = reference.chosen(KEY.value, sketch, segment, DEVICE)
+def units(sketch: str, segment: Segment, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Unit elements of S of a whole segment by the definition, computed on the device."""
+    chosen = reference.chosen(KEY.value, sketch, segment, device)
     rows = segment.blocks * segment.block
-    return reference.units(KEY.value, sketch, segment, chosen, 0, rows, dtype, DEVICE)
+    return reference.units(KEY.value, sketch, segment, chosen, 0, rows, dtype, device)
 
 
 def check(made: Tensor, x: Tensor, sketch: str, segment: Segment) -> None:
@@ -56,7 +48,9 @@ def check(made: Tensor, x: Tensor, sketch: str, segment: Segment) -> None:
     The floor is what sums in float32 and one rounding may lose: torch is exact by chance where there are few
     rows.
     """
-    s = units(sketch, segment, x.dtype).view(segment.blocks, segment.block, -1).transpose(1, 2)
+    if x.numel() < 1 << 16:
+        made, x = made.cpu(), x.cpu()
+    s = units(sketch, segment, x.dtype, x.device).view(segment.blocks, segment.block, -1).transpose(1, 2)
     blocks, scale = x.contiguous().view(segment.blocks, segment.block, -1), segment.scale(sketch)
     expected = (scale * (s.double() @ blocks.double())).flatten(0, 1)
     most = (scale * (s.double().abs() @ blocks.double().abs())).flatten(0, 1)
@@ -79,50 +73,34 @@ def check_project(
 
 
 def ways(sketch: str) -> tuple[str, ...]:
-    return {"rows": ("auto", "fused"), "srht": ("gemm", "fused", "hadamard")}.get(sketch, ("gemm", "fused"))
+    return {"rows": ("gemm", "fused"), "srht": ("gemm", "hadamard")}.get(sketch, ("gemm",))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_small_odd_shapes(sketch, dtype):
-    for rows, block, ratio, features in (
-        (1, 0, 1.0, 3), (40, 16, 0.5, 1), (77, 24, 0.4, 33), (100, 0, 0.3, 264), (200, 96, 0.7, 130),
-        (300, 0, 0.5, 40),
-    ):  # fmt: skip
+    for rows, block, ratio, features in ((40, 16, 0.5, 1), (77, 24, 0.4, 33), (200, 96, 0.7, 130)):
         parts = rmm.partition(rows, ratio, block_size=block)
         for way in ways(sketch):
-            if not parts.exact:
-                check_project(rows, features, sketch, dtype, way, parts)
+            check_project(rows, features, sketch, dtype, way, parts)
 
 
-@pytest.mark.parametrize(("gap", "offset"), ((8, 8), (1, 0), (0, 1), (3, 2)))
 @pytest.mark.parametrize("sketch", SKETCHES)
-def test_small_views_at_odd_addresses(sketch, gap, offset):
-    for dtype in (torch.bfloat16, torch.float32):
+def test_small_views_at_odd_addresses(sketch):
+    parts = rmm.partition(100, 0.3, block_size=48)
+    for gap, offset, dtype in ((8, 8, torch.bfloat16), (1, 0, torch.float32), (3, 2, torch.bfloat16)):
         for way in ways(sketch):
-            parts = rmm.partition(100, 0.3, block_size=48)
             check_project(100, 72, sketch, dtype, way, parts, gap=gap, offset=offset)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sketch", ("gaussian", "rademacher", "srht", "count"))
 def test_small_generated_sketches_have_the_bits_of_the_cpu(sketch, dtype):
-    for rows, block, ratio in ((40, 16, 0.5), (77, 24, 0.4), (300, 0, 0.5), (1300, 512, 0.125)):
+    for rows, block, ratio in ((77, 24, 0.4), (300, 0, 0.5), (1300, 512, 0.125)):
         parts = rmm.partition(rows, ratio, block_size=block)
-        ours = rmm.sketch_matrix(KEY, sketch, parts, dtype=dtype, device="cuda").cpu()
+        made = rmm.sketch_matrix(KEY, sketch, parts, dtype=dtype, device="cuda").cpu()
         expected = rmm.sketch_matrix(KEY, sketch, parts, dtype=dtype, backend="reference")
-        view = INTEGER[dtype.itemsize]
-        assert torch.equal(ours.view(view), expected.view(view))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sketch", DENSE)
-def test_small_products_with_a_generated_sketch(kernels, sketch, dtype):
-    for block, projected, blocks, features in ((64, 16, 3, 72), (130, 72, 2, 300), (33, 5, 2, 17)):
-        segment = Segment(0, blocks, block, projected, 0, 0, 0, 0)
-        x = draw(blocks * block, features, dtype)
-        out = x.new_empty(blocks * projected, features)
-        check(kernels.product(x, units(sketch, segment, dtype), sketch, segment, out), x, sketch, segment)
+        assert torch.equal(made.view(INTEGER[dtype.itemsize]), expected.view(INTEGER[dtype.itemsize]))
 
 
 def test_small_empty_matrices_give_empty_results():
@@ -166,14 +144,12 @@ def test_any_stream_and_a_cuda_graph_give_the_same(sketch):
     with torch.cuda.stream(stream):
         assert torch.equal(rmm.project(x, KEY, sketch, parts), expected)
     torch.cuda.current_stream().wait_stream(stream)
-    way = "auto" if sketch == "rows" else "fused"
-    fused = rmm.project(x, KEY, sketch, parts, backend=way)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = rmm.project(x, KEY, sketch, parts, backend=way)
+        captured = rmm.project(x, KEY, sketch, parts)
     captured.zero_()
     graph.replay()
-    assert torch.equal(captured, fused)
+    torch.testing.assert_close(captured, expected)  # a library may sum in another order while it is captured
 
 
 @pytest.mark.parametrize("sketch", ("rademacher", "count", "rows"))
@@ -183,14 +159,25 @@ def test_more_than_two_to_the_31_elements(sketch):
         pytest.skip("needs 7 GB of free GPU memory")
     x = draw(512, features, torch.bfloat16).repeat(rows // 512, 1)
     parts = rmm.partition(rows, 1 / 64)
-    made = rmm.project(x, KEY, sketch, parts, backend="auto" if sketch == "rows" else "fused")
+    made = rmm.project(x, KEY, sketch, parts)
     tail = Segment(rows - 512, 1, 512, 8, 127, 0, rows - 512, 8)
     check(made[-8:], x[-512:], sketch, tail)
+
+
+def test_ways_without_a_kernel_are_refused():
+    x, parts = draw(64, 8, torch.bfloat16), rmm.partition(64, 0.25, block_size=32)
+    with pytest.raises(UserError, match=r'"fused".*only sketch="rows"'):
+        rmm.project(x, KEY, "gaussian", parts, backend="fused")
+    with pytest.raises(UserError, match=r'"fused".*float64'):
+        rmm.project(x.double(), KEY, "rows", parts, backend="fused")
+    with pytest.raises(UserError, match=r'"hadamard".*16384'):
+        whole = rmm.partition(16385, 1 / 8, block_size=0)
+        rmm.project(draw(16385, 1, torch.bfloat16), KEY, "srht", whole, backend="hadamard")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device_is_used_and_the_current_one_kept():
     x, parts = draw(1024, 64, torch.bfloat16), rmm.partition(1024, 1 / 8)
-    made = rmm.project(x.to("cuda:1"), KEY, "rademacher", parts, backend="fused")
+    made = rmm.project(x.to("cuda:1"), KEY, "rademacher", parts)
     assert made.device.index == 1 and torch.cuda.current_device() == 0
-    assert torch.equal(made.to("cuda:0"), rmm.project(x, KEY, "rademacher", parts, backend="fused"))
+    torch.testing.assert_close(made.to("cuda:0"), rmm.project(x, KEY, "rademacher", parts))

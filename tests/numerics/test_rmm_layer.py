@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rmm_layers import IN, KEY, OUT, ROWS, SMALL, gradients, layer_of, numbers, seen_by
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,44 +15,7 @@ from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
 from ds_efficient.ops.rmm import SKETCHES, partition, sketch_matrix
 from ds_efficient.rmm import RandomizedLinear, sgd_variance, sketch_variance
-from ds_efficient.rmm.sketch import Clock, Sketch
-from ds_efficient.slope import SlopeLinear
-
-IN, OUT, ROWS = 24, 40, 200
-SMALL = {"ratio": 0.25, "block_size": 64, "min_rows": 8}
-KEY = Key(7).fold("layer")
-
-
-def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def layer_of(dtype: torch.dtype = torch.float32, **more: Any) -> RandomizedLinear:
-    return RandomizedLinear(IN, OUT, **{**SMALL, "key": KEY, "dtype": dtype, **more})
-
-
-def gradients(layer: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor | None, ...]:
-    """Return output and gradients of input, weight and bias for a random gradient of the output."""
-    layer.zero_grad()
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    y.backward(numbers(*y.shape, seed=seed, dtype=y.dtype))
-    bias = getattr(layer, "bias", None)
-    return y.detach(), x.grad, layer.weight.grad, None if bias is None else bias.grad
-
-
-def seen_by(layer: Callable[[], Any]) -> list[Tensor]:
-    """Return what autograd saves in a call, parameters left out."""
-    saved: list[Tensor] = []
-
-    def pack(value: Tensor) -> Tensor:
-        if not isinstance(value, nn.Parameter):
-            saved.append(value)
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        layer()
-    return saved
+from ds_efficient.rmm.sketch import Clock
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -258,6 +221,22 @@ def test_a_shared_projection_goes_with_the_key_that_made_it() -> None:
     assert k.sketch.tally.kept_bytes > 0
 
 
+def test_a_projection_is_free_once_a_later_one_is_made() -> None:
+    """Also while its input lives, and without the garbage collector."""
+    import gc
+    import weakref
+
+    layer, x = layer_of(), numbers(ROWS, IN)
+    gc.disable()
+    try:
+        (made,) = (weakref.ref(value) for value in seen_by(lambda: layer(x)) if value.is_floating_point())
+        assert made() is not None
+        layer(numbers(ROWS, IN, seed=2))
+        assert made() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_it_computes_what_the_exact_layer_computes(dtype: torch.dtype) -> None:
     layer, x = layer_of(), numbers(ROWS, IN).requires_grad_()
@@ -352,45 +331,3 @@ def test_the_measured_variance_is_that_of_the_formulas(ratio: float) -> None:
         assert variance == 0
     else:
         assert variance == pytest.approx(sketch_variance(x, dy, 16, "gaussian"), rel=0.1)
-
-
-def sparse_with_sketch(rank: int) -> SlopeLinear:
-    layer = SlopeLinear(32, 48, adapter_rank=rank, key=4, dtype=torch.float64, backend="dense")
-    if rank:
-        layer.activate_adapter()
-        with torch.no_grad():
-            layer.slope.adapter_up.copy_(numbers(48, rank, seed=5))
-    layer.slope.weight_gradient_by(Sketch(KEY, ratio=0.25, block_size=64, min_rows=8))
-    return layer
-
-
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_sparse_layer_takes_the_sketched_gradient_at_its_kept_positions(rank: int) -> None:
-    layer = sparse_with_sketch(rank)
-    plain = copy.deepcopy(layer)
-    plain.slope.weight_gradient_source = None
-    x = numbers(ROWS, 32, dtype=torch.float64)
-    y, dx, dw, db = gradients(layer, x)
-    exact = gradients(plain, x)
-    for found, expected in ((y, exact[0]), (dx, exact[1]), (db, exact[3])):
-        torch.testing.assert_close(found, expected)
-    s = sketch_matrix(
-        KEY.fold(0, 0, 0), "gaussian", partition(ROWS, 0.25, block_size=64, min_rows=8), dtype=torch.float64
-    )
-    dy = numbers(ROWS, 48, seed=1, dtype=torch.float64)
-    dense = (s.t() @ dy).t() @ (s.t() @ x)
-    torch.testing.assert_close(dw, layer.slope.compress(dense), rtol=1e-6, atol=1e-6)
-    if rank:
-        up, down = layer.slope.adapter_up, layer.slope.adapter_down
-        torch.testing.assert_close(up.grad, plain.slope.adapter_up.grad)
-        torch.testing.assert_close(down.grad, up.detach().t() @ dense, rtol=1e-6, atol=1e-6)
-
-
-def test_a_sparse_layer_with_a_sketch_saves_no_input_and_takes_one_sketch() -> None:
-    layer = sparse_with_sketch(4)
-    x = numbers(ROWS, 32, dtype=torch.float64).requires_grad_()
-    widths = sorted(value.shape for value in seen_by(lambda: layer(x)) if value.is_floating_point())
-    assert [tuple(shape) for shape in widths] == [(56, 32), (ROWS, 4)]
-    with pytest.raises(UserError, match="estimated already"):
-        layer.slope.weight_gradient_by(Sketch(KEY, ratio=0.5))
-    assert seen_by(lambda: layer.eval()(x))[-1].shape == (ROWS, 32)

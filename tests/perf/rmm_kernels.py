@@ -1,13 +1,12 @@
 """Speed of the projections S^T X of random sketches against torch's batched products and the bandwidth floor.
 
 ``python tests/perf/rmm_kernels.py [--output docs/results/data]`` prints a table and writes
-``rmm_kernels_<device name>.csv``. Needs a GPU. Floor: X read and the projection written once, at the
+``rmm_projections_<device name>.csv``. Needs a GPU. Floor: X read and the projection written once, at the
 bandwidth of a device-to-device copy measured in the same run. Each call works on another copy of X than the
 one before, so that nothing is found in the L2 cache; times are medians of CUDA events around single calls.
 
-Ways: "auto", "gemm", "fused", "hadamard" as in `ds_efficient.ops.rmm.project`; "generated" generates S and
-hands it to the fused kernel. Beside them: torch.baddbmm with an S that is there already, and plain torch
-(`torch.randn`, or signs by `torch.randint`, then a batched product).
+Ways as in `ds_efficient.ops.rmm.project`. Beside them: torch.baddbmm with an S that is there already, and
+plain torch (`torch.randn`, or signs by `torch.randint`, then a batched product).
 """
 
 from __future__ import annotations
@@ -25,20 +24,18 @@ from measuring import conditions, write_csv
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from rmm_library import CudaLibrary  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from ds_efficient.core.keys import Key  # noqa: E402
 from ds_efficient.ops import keyed_random, rmm  # noqa: E402
-from ds_efficient.ops.rmm_partition import Partition, Segment  # noqa: E402
+from ds_efficient.ops.rmm_partition import Partition  # noqa: E402
 
 SHAPES = ((16384, 5120), (16384, 20480), (8192, 4096), (8192, 16384))
 RATIOS, BLOCK, DTYPE = (1 / 8, 1 / 4), 512, torch.bfloat16
-LONG_BLOCKS = (2048, 16384)  # srht at 16384 x 5120: where the fast transform begins to pay
+LONG_BLOCKS = (2048, 4096, 8192, 16384)  # srht at 16384 x 5120: where the fast transform begins to pay
 WAYS = {
-    "gaussian": ("gemm", "fused", "generated"), "rademacher": ("gemm", "fused", "generated"),
-    "srht": ("gemm", "fused", "generated", "hadamard"), "count": ("gemm", "fused"), "rows": ("auto", "fused"),
+    "gaussian": ("gemm",), "rademacher": ("gemm",), "srht": ("gemm", "hadamard"), "count": ("gemm",),
+    "rows": ("gemm", "fused"),
 }  # fmt: skip
 ROTATION = 160 << 20  # bytes of all copies together: three times the L2 cache of an H100
 KEY = Key(3).fold("rmm_kernels")
@@ -67,23 +64,6 @@ def bandwidth() -> float:
     return 2 * source.nbytes / median_ms([lambda: target.copy_(source)], 20)
 
 
-def generated(x: Tensor, sketch: str, parts: Partition) -> Tensor:
-    """S generated, then the fused kernel."""
-    library = CudaLibrary.for_device(x.device, "native")
-    assert library is not None
-    out = x.new_empty(parts.total, x.shape[1])
-    (segment,) = parts.segments()
-    return library.generated(x, KEY.value, sketch, segment, choose(sketch, segment, x.device), out)
-
-
-def choose(sketch: str, segment: Segment, device: torch.device) -> Tensor | None:
-    """The numbers that a sketch chooses in each block."""
-    n = segment.choices(sketch)
-    if not n:
-        return None
-    return keyed_random.sample_k_of_n(KEY, n, segment.projected, batch=segment.blocks, device=device)
-
-
 def multiply(x: Tensor, s: Tensor, scale: float) -> Tensor:
     """The batched product with a given S (blocks, p, block)."""
     blocks = x.unflatten(0, (s.shape[0], -1))
@@ -101,13 +81,6 @@ def plain(x: Tensor, sketch: str, parts: Partition, scale: float) -> Tensor:
     return multiply(x, s, scale)
 
 
-def project(x: Tensor, sketch: str, parts: Partition, way: str) -> Tensor:
-    """The projection one of the ways."""
-    if way == "generated":
-        return generated(x, sketch, parts)
-    return rmm.project(x, KEY, sketch, parts, backend=way)
-
-
 def measure_shape(
     rows: int, features: int, ratio: float, block: int, rate: float
 ) -> Iterator[dict[str, Any]]:
@@ -120,14 +93,15 @@ def measure_shape(
     scale = segment.scale("gaussian")
     s = torch.randn((segment.blocks, segment.projected, block), dtype=DTYPE, device="cuda")
     given = median_ms([functools.partial(multiply, c, s, scale) for c in copies], 30)
-    sketches = WAYS if block == BLOCK else {"srht": ("gemm", "fused", "hadamard")}
+    sketches = WAYS if block == BLOCK else {"srht": WAYS["srht"]}
     for sketch, ways in sketches.items():
-        baseline = ""
+        baseline: float | str = ""
         if sketch in ("gaussian", "rademacher"):
             calls = [functools.partial(plain, c, sketch, parts, scale) for c in copies]
             baseline = median_ms(calls, 30)
         for way in ways:
-            ours = median_ms([functools.partial(project, c, sketch, parts, way) for c in copies], 30)
+            calls = [functools.partial(rmm.project, c, KEY, sketch, parts, backend=way) for c in copies]
+            ours = median_ms(calls, 30)
             read = parts.total * features * x.element_size() if sketch == "rows" else x.nbytes
             floor = (size - x.nbytes + read) / rate
             yield {
@@ -149,7 +123,8 @@ def measure() -> Iterator[dict[str, Any]]:
         for ratio in RATIOS:
             yield from measure_shape(rows, features, ratio, BLOCK, rate)
     for block in LONG_BLOCKS:
-        yield from measure_shape(16384, 5120, 1 / 8, block, rate)
+        for ratio in RATIOS:
+            yield from measure_shape(16384, 5120, ratio, block, rate)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -180,7 +155,7 @@ def main() -> int:
     for row in measure():
         show(row)
         rows.append({**row, **common})
-    print(f"wrote {write_csv('rmm_kernels', rows, args.output, device)}")
+    print(f"wrote {write_csv('rmm_projections', rows, args.output, device)}")
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_efficient.core.keys import Key, derive_key
+from ds_efficient.core.keys import Key, Subkeys, derive_key
 
 PARTS = st.lists(st.one_of(st.integers(-(2**70), 2**70), st.text(max_size=12)), max_size=5)
 
@@ -70,6 +72,22 @@ def test_integer_and_string_layers_differ_and_numpy_integers_do_not():
 def test_other_types_are_refused(part):
     with pytest.raises(TypeError, match="integers and strings"):
         Key(1).fold(part)
+
+
+@settings(deadline=None)
+@given(PARTS, PARTS, st.integers())
+def test_subkeys_have_the_values_of_folded_keys(a, b, seed):
+    key = Key(seed).fold(*a)
+    for subkeys in (made := Subkeys(key), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert subkeys.value(*b) == subkeys.value(*b) == key.fold(*b).value
+
+
+def test_subkeys_refuse_what_keys_refuse_also_beside_an_equal_integer():
+    subkeys = Subkeys(Key(1))
+    assert subkeys.value(1, 0) == subkeys.value(np.int64(1), 0) == Key(1).fold(1, 0).value
+    for part in (True, 1.0, None):
+        with pytest.raises(TypeError, match="folded from integers and strings"):
+            subkeys.value(part, 0)
 
 
 def test_value_does_not_depend_on_the_hash_seed():

@@ -23,28 +23,26 @@
 //
 //   int ds_efficient_rmm_version()                              DS_EFFICIENT_RMM_VERSION
 //
-//   int ds_efficient_rmm_matrix(uint64_t key, int sketch, int64_t base_row, uint64_t before, int64_t block,
-//                               int64_t projected, const int64_t* chosen, int64_t first, int64_t rows, void* out,
-//                               int dtype, ...)
-//     out (rows, projected) contiguous, aligned to 16 bytes: unit elements of rows first .. first + rows - 1 of the
-//     segment, each of its own block. `chosen` only for srht (else null); sketch is not rows. dtype is not float64.
+//   int ds_efficient_rmm_matrix(uint64_t key, const Units* units, const int64_t* chosen, void* out, ...)
+//     out (rows, projected) of `units`, contiguous, aligned to 16 bytes: unit elements of its rows of the segment, each
+//     of its own block. `chosen` only for srht (else null); sketch is not rows. dtype is not float64.
 //
-//   int ds_efficient_rmm_apply(const void* x, int64_t stride, int64_t features, uint64_t key, int sketch,
-//                              int64_t base_row, uint64_t before, int64_t block, int64_t projected,
-//                              const int64_t* chosen, int64_t blocks, double scale, void* out, int dtype, ...)
-//     out (blocks * projected, features) contiguous = S^T X of the segment, `scale` included. x: row 0 of the segment;
-//     `stride` elements from row to row (>= features, or anything where there is one row), elements of a row
-//     adjacent, any alignment of its elements. Sums in float32 (float64 for float64), rounded once.
+//   int ds_efficient_rmm_rows(const void* x, int64_t stride, int64_t features, int64_t block, int64_t projected,
+//                             const int64_t* chosen, int64_t blocks, double scale, void* out, int dtype, ...)
+//     out (blocks * projected, features) contiguous = S^T X of the segment for the sketch rows, `scale` included. x: row
+//     0 of the segment; `stride` elements from row to row (>= features, or anything where there is one row), elements
+//     of a row adjacent, any alignment of its elements. Products in float32 (float64 for float64), rounded once.
 //     float64 only on the CPU.
-//
-//   int ds_efficient_rmm_product(const void* x, int64_t stride, int64_t features, const void* matrix, int64_t block,
-//                                int64_t projected, int64_t blocks, double scale, void* out, int dtype, ...)
-//     The same with S given: `matrix` (blocks * block, projected) contiguous, the unit elements of the whole segment.
 //
 //   int ds_efficient_rmm_hadamard(const void* x, int64_t stride, int64_t features, uint64_t key, int64_t base_row,
 //                                 int64_t block, int64_t projected, const int64_t* chosen, int64_t blocks,
 //                                 double scale, void* out, int dtype, ...)
-//     The same for srht by the fast transform; on CUDA for padded_rows(block) <= kHadamardLimit.
+//     The same for srht by the fast transform, sums likewise; on CUDA for padded_rows(block) <= kHadamardLimit.
+//
+//   int ds_efficient_rmm_apply(const void* x, int64_t stride, int64_t features, uint64_t key, int sketch,
+//                              int64_t base_row, uint64_t before, int64_t block, int64_t projected,
+//                              const int64_t* chosen, int64_t blocks, double scale, void* out, int dtype, ...)
+//     Only on the CPU: the same for every other sketch, S made in pieces as it is used.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +56,14 @@ namespace rmm {
 
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum Sketch { kGaussian = 0, kRademacher = 1, kSrht = 2, kCount = 3, kRows = 4 };
+
+// Which unit elements to make: rows first .. first + rows - 1 of a segment. One structure, so that a caller who makes
+// the same ones again with another key passes few arguments.
+struct Units {
+  int64_t sketch, dtype, base_row;
+  uint64_t before;
+  int64_t block, projected, first, rows;
+};
 
 constexpr int64_t kHadamardLimit = 16384;  // largest transform of the CUDA kernel
 

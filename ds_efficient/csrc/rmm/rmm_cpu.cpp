@@ -232,9 +232,7 @@ int apply_count(const Segment& s, const Matrices<Element>& m, int threads) {
   });
 }
 
-struct NoBuffers {
-  NoBuffers(const Segment&, int64_t) {}
-};
+struct NoBuffers { NoBuffers(const Segment&, int64_t) {} };
 
 template <typename Element>
 int apply_rows(const Segment& s, const Matrices<Element>& m, int threads) {
@@ -277,15 +275,12 @@ void hadamard(T* values, int64_t n, int64_t width) {
       }
     }
   }
-  if (2 * half > n) return;
-  for (int64_t r = 0; r < half; ++r) {
-    T* __restrict__ const a = values + r * width;
-    T* __restrict__ const b = a + half * width;
-    for (int64_t i = 0; i < width; ++i) {
-      const T sum = a[i] + b[i], difference = a[i] - b[i];
-      a[i] = sum;
-      b[i] = difference;
-    }
+  const int64_t left = 2 * half == n ? half * width : 0;  // the last level of an odd number
+  T *__restrict__ const low = values, *__restrict__ const high = values + left;
+  for (int64_t i = 0; i < left; ++i) {
+    const T sum = low[i] + high[i], difference = low[i] - high[i];
+    low[i] = sum;
+    high[i] = difference;
   }
 }
 
@@ -343,22 +338,22 @@ int fill_matrix(const Segment& s, int64_t first, int64_t rows, void* out, int th
 }
 
 template <typename Element>
-int apply(const Segment& s, const void* x, int64_t stride, int64_t features, int64_t blocks, double scale, void* out,
-          int threads, bool fast) {
+int apply(const Segment& s, bool fast, const void* x, int64_t stride, int64_t features, int64_t blocks, double scale,
+          void* out, int threads) {
   using Stored = typename Element::Stored;
   const Matrices<Element> m{static_cast<const Stored*>(x), stride, features, blocks, scale, static_cast<Stored*>(out)};
   if (fast) return apply_hadamard(s, m, threads);
-  if (s.sketch == kCount) return apply_count(s, m, threads);
-  return s.sketch == kRows ? apply_rows(s, m, threads) : apply_product(s, m, threads);
+  if (s.sketch == kRows) return apply_rows(s, m, threads);
+  return s.sketch == kCount ? apply_count(s, m, threads) : apply_product(s, m, threads);
 }
 
-int dispatch(const Segment& s, const void* x, int64_t stride, int64_t features, int64_t blocks, double scale,
-             void* out, int dtype, int threads, bool fast) {
+int project(const Segment& s, bool fast, const void* x, int64_t stride, int64_t features, int64_t blocks, double scale,
+            void* out, int dtype, int threads) {
   switch (dtype) {
-    case kFloat32: return apply<Float32>(s, x, stride, features, blocks, scale, out, threads, fast);
-    case kBfloat16: return apply<Bfloat16>(s, x, stride, features, blocks, scale, out, threads, fast);
-    case kFloat16: return apply<Float16>(s, x, stride, features, blocks, scale, out, threads, fast);
-    case kFloat64: return apply<Float64>(s, x, stride, features, blocks, scale, out, threads, fast);
+    case kFloat32: return apply<Float32>(s, fast, x, stride, features, blocks, scale, out, threads);
+    case kBfloat16: return apply<Bfloat16>(s, fast, x, stride, features, blocks, scale, out, threads);
+    case kFloat16: return apply<Float16>(s, fast, x, stride, features, blocks, scale, out, threads);
+    case kFloat64: return apply<Float64>(s, fast, x, stride, features, blocks, scale, out, threads);
     default: return kUnknown;
   }
 }
@@ -369,15 +364,14 @@ extern "C" {
 
 int ds_efficient_rmm_version() { return DS_EFFICIENT_RMM_VERSION; }
 
-int ds_efficient_rmm_matrix(uint64_t key, int sketch, int64_t base_row, uint64_t before, int64_t block,
-                            int64_t projected, const int64_t* chosen, int64_t first, int64_t rows, void* out, int dtype,
-                            int threads) {
+int ds_efficient_rmm_matrix(uint64_t key, const Units* units, const int64_t* chosen, void* out, int threads) {
+  const int sketch = static_cast<int>(units->sketch);
   if (sketch < kGaussian || sketch > kCount) return kUnknown;
-  const Segment s{key, sketch, base_row, before, block, projected, chosen, nullptr};
-  switch (dtype) {
-    case kFloat32: return fill_matrix<Float32>(s, first, rows, out, threads);
-    case kBfloat16: return fill_matrix<Bfloat16>(s, first, rows, out, threads);
-    case kFloat16: return fill_matrix<Float16>(s, first, rows, out, threads);
+  const Segment s{key, sketch, units->base_row, units->before, units->block, units->projected, chosen};
+  switch (units->dtype) {
+    case kFloat32: return fill_matrix<Float32>(s, units->first, units->rows, out, threads);
+    case kBfloat16: return fill_matrix<Bfloat16>(s, units->first, units->rows, out, threads);
+    case kFloat16: return fill_matrix<Float16>(s, units->first, units->rows, out, threads);
     default: return kUnknown;
   }
 }
@@ -385,22 +379,22 @@ int ds_efficient_rmm_matrix(uint64_t key, int sketch, int64_t base_row, uint64_t
 int ds_efficient_rmm_apply(const void* x, int64_t stride, int64_t features, uint64_t key, int sketch, int64_t base_row,
                            uint64_t before, int64_t block, int64_t projected, const int64_t* chosen, int64_t blocks,
                            double scale, void* out, int dtype, int threads) {
-  if (sketch < kGaussian || sketch > kRows) return kUnknown;
-  const Segment s{key, sketch, base_row, before, block, projected, chosen, nullptr};
-  return dispatch(s, x, stride, features, blocks, scale, out, dtype, threads, false);
+  if (sketch < kGaussian || sketch > kCount) return kUnknown;
+  const Segment s{key, sketch, base_row, before, block, projected, chosen};
+  return project(s, false, x, stride, features, blocks, scale, out, dtype, threads);
 }
 
-int ds_efficient_rmm_product(const void* x, int64_t stride, int64_t features, const void* matrix, int64_t block,
-                             int64_t projected, int64_t blocks, double scale, void* out, int dtype, int threads) {
-  const Segment s{0, kGiven, 0, 0, block, projected, nullptr, matrix};
-  return dispatch(s, x, stride, features, blocks, scale, out, dtype, threads, false);
+int ds_efficient_rmm_rows(const void* x, int64_t stride, int64_t features, int64_t block, int64_t projected,
+                          const int64_t* chosen, int64_t blocks, double scale, void* out, int dtype, int threads) {
+  const Segment s{0, kRows, 0, 0, block, projected, chosen};
+  return project(s, false, x, stride, features, blocks, scale, out, dtype, threads);
 }
 
 int ds_efficient_rmm_hadamard(const void* x, int64_t stride, int64_t features, uint64_t key, int64_t base_row,
                               int64_t block, int64_t projected, const int64_t* chosen, int64_t blocks, double scale,
                               void* out, int dtype, int threads) {
-  const Segment s{key, kSrht, base_row, 0, block, projected, chosen, nullptr};
-  return dispatch(s, x, stride, features, blocks, scale, out, dtype, threads, true);
+  const Segment s{key, kSrht, base_row, 0, block, projected, chosen};
+  return project(s, true, x, stride, features, blocks, scale, out, dtype, threads);
 }
 
 }  // extern "C"

@@ -66,10 +66,7 @@ struct Segment {
   uint64_t before;
   int64_t block, projected;
   const int64_t* chosen;
-  const void* matrix;  // of kGiven: unit elements (rows, projected)
 };
-
-constexpr int kGiven = -1;  // in the place of a sketch: S is read from memory
 
 constexpr int64_t kPanelColumns = 64;  // columns of S at a time: two words of signs
 constexpr int64_t kPanelRows = 128;    // rows at a time
@@ -108,12 +105,6 @@ void unit_panel(const Segment& s, int64_t row, int64_t rows, int64_t first, int6
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* const target = panel + r * columns;
-    if (s.sketch == kGiven) {
-      const auto* const from =
-          static_cast<const typename Element::Stored*>(s.matrix) + (row + r) * s.projected + first;
-      for (int64_t c = 0; c < columns; ++c) target[c] = static_cast<float>(Element::load(from[c]));
-      continue;
-    }
     if (s.sketch == kCount) {
       const uint32_t word = word_at(s.key, static_cast<uint64_t>(s.base_row + row + r));
       const int64_t column = count_column(word, s.projected) - first;

@@ -1,6 +1,6 @@
 // Subsampled randomised Hadamard transform by butterflies: the same S^T X as the product with the signs
-// d_i (-1)^popcount(l & r_c), in n log n instead of n p additions. It pays where p is large; for p <= 128 the product
-// on tensor cores already runs at the bandwidth of X (rmm_tensor.cu).
+// d_i (-1)^popcount(l & r_c), in n log n instead of n p additions. It pays where p is in the thousands; below
+// that the product with a generated S on tensor cores runs close to the bandwidth of X.
 //
 // A block of threads takes one block of rows and a few features, all in shared memory in float32. A pass does up to
 // kBits of the log2 n butterfly levels in registers; the first reads X, with signs, zeros behind the last row. Blocks
@@ -15,6 +15,14 @@ constexpr int kBits = 4, kThreads = 512;
 constexpr int64_t kUsualBytes = 1 << 16;  // of values, so that two blocks of threads share a multiprocessor
 constexpr int kMostFeatures = 32, kFewestFeatures = 8;
 static_assert(kHadamardLimit == 16384, "row numbers fit and one feature fits the smallest shared memory, 96 KB");
+
+// A segment of blocks as rmm_common.h has it.
+struct Segment {
+  uint64_t key;
+  int64_t base_row, block, projected;
+  const int64_t* chosen;
+  int64_t blocks;
+};
 
 struct Shape {
   int rows_log, features_log;  // log2 of n and of the features of a block of threads
@@ -67,8 +75,9 @@ __device__ __forceinline__ void pass_of(int levels, const Shape& shape, int low,
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     hadamard_kernel(const Rows x, const Segment segment, const Shape shape, float scale, T* __restrict__ out) {
+  extern __shared__ uint32_t dynamic_shared[];
   const int n = 1 << shape.rows_log;
-  uint32_t* const sign = reinterpret_cast<uint32_t*>(dynamic_shared());
+  uint32_t* const sign = dynamic_shared;
   float* const values = reinterpret_cast<float*>(sign + n / 32 + 2);
   const int64_t block = blockIdx.x / shape.across, first_row = block * segment.block;
   const int64_t first_feature = int64_t{blockIdx.x % shape.across} << shape.features_log;
@@ -145,12 +154,12 @@ int ds_efficient_rmm_hadamard(const void* x, int64_t stride, int64_t features, u
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess || blocks == 0 || block == 0 || projected == 0 || features == 0) return error;
   const rmm::Rows rows{x, stride, features};
-  const rmm::Segment segment{key, base_row, 0, block, projected, chosen, blocks, nullptr};
+  const rmm::Segment segment{key, base_row, block, projected, chosen, blocks};
   const float factor = static_cast<float>(scale);
   switch (dtype) {
     case rmm::kFloat32: return rmm::hadamard<float>(rows, segment, factor, out, device, stream);
-    case rmm::kBfloat16: return rmm::hadamard<Bfloat16>(rows, segment, factor, out, device, stream);
-    case rmm::kFloat16: return rmm::hadamard<Float16>(rows, segment, factor, out, device, stream);
+    case rmm::kBfloat16: return rmm::hadamard<rmm::Bfloat16>(rows, segment, factor, out, device, stream);
+    case rmm::kFloat16: return rmm::hadamard<rmm::Float16>(rows, segment, factor, out, device, stream);
     default: return cudaErrorInvalidValue;
   }
 }
