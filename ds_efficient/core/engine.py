@@ -208,7 +208,7 @@ def _run_context(settings: EfficiencyConfig, mpu: Any, total_steps: int | None) 
 
 
 def _micro_batches(deepspeed: Mapping[str, Any], data_parallel_size: int) -> int | None:
-    """Return the passes of a rank in an optimizer step, as DeepSpeed derives them; None where it will refuse."""
+    """Return the passes of a rank in an optimizer step, as DeepSpeed derives them; None where it refuses."""
     passes, micro, whole = (
         deepspeed.get(name)
         for name in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")

@@ -3,13 +3,13 @@
 A random draw that is keyed by the micro-batch should find the same micro-batch again when a checkpoint runs
 the layer a second time, inside of autograd's backward pass.
 
-`Passes` is for draws that change what a layer computes, which the recomputation has to repeat in every case.
-Counting does not tell which pass it repeats: a pipeline has several micro-batches under way, one backward
-pass may belong to two forward passes, and what a checkpoint holds may be one layer or many. Autograd's own
-numbering does: every node of the graph carries the sequence number that it got when the forward pass made it,
-ever growing. So the number that is next when a forward pass begins is noted, and the node that causes a
-recomputation tells by its number which pass it belongs to. That holds for reentrant and other checkpoints, in
-any order; a checkpoint inside of a checkpoint is not covered, since its node is made by the recomputation.
+`Passes` is for draws that change what a layer computes, which the recomputation must repeat whatever happens.
+Counting does not tell it: a pipeline has several micro-batches under way, one backward pass may belong to
+two forward passes, and what a checkpoint holds may be one layer or many. Autograd's own numbering does: every
+node of the graph carries the sequence number that it got when the forward pass made it, ever growing. So the
+number that is next when a forward pass begins is noted, and the node that causes a recomputation tells by its
+number which pass it belongs to. That holds for reentrant and other checkpoints, in any order; a checkpoint
+inside of a checkpoint is not covered, since its node is made by the recomputation.
 
 `Calls` is for draws whose key is saved for the backward pass, so that any draw in a recomputation is right.
 It counts the calls of one layer by itself: no model need be watched, and each call of a layer that a pass

@@ -82,8 +82,8 @@ class Operands:
 
     Attributes:
         managed: `weight_changed` is called after every change of the weight.
-        rewritten: keep the metadata alone between products, 1/16 of the dense weight in place of 9/16, and write
-            the values for each product.
+        rewritten: keep the metadata alone between products, 1/16 of the dense weight in place of 9/16, and
+            write the values for each product.
         choices: what was chosen, by direction, tokens, dtype and device.
     """
 
