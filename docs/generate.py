@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import random_ltd_results
 import rmm_results
 import slope_results
 
@@ -135,6 +136,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "rmm_kernels.md": rmm_results.kernels,
     "rmm_tried.md": rmm_results.tried,
     "rmm_quality.md": rmm_results.quality,
+    "random_ltd_schedules.md": random_ltd_results.schedules,
+    "random_ltd_steps.md": random_ltd_results.steps,
+    "random_ltd_kernels.md": random_ltd_results.kernels,
+    "random_ltd_quality.md": random_ltd_results.quality,
 }
 
 
@@ -147,7 +152,8 @@ def write_all(folder: Path) -> list[Path]:
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
         written.append(path)
-    return [*written, *slope_results.figures(folder), *rmm_results.figures(folder)]
+    drawn = [module.figures(folder) for module in (slope_results, rmm_results, random_ltd_results)]
+    return [*written, *(path for paths in drawn for path in paths)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

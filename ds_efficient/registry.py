@@ -52,7 +52,7 @@ TECHNIQUES: tuple[TechniqueRow, ...] = (
         "random_ltd",
         ("data_efficiency", "data_routing", "random_ltd"),
         "ds_efficient.random_ltd.config:RandomLtdConfig",
-        None,
+        "ds_efficient.random_ltd.technique:RandomLtdTechnique",
         "random token dropping with LayerToken LR",
     ),
     TechniqueRow(

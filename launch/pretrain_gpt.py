@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = build_with_weights(args, settings, vocab_size, efficiency, tokenizer)
     optimizer_params = settings.deepspeed["optimizer"]["params"]
     schedule = None
-    if settings.own_schedule and not args.skip_train:
+    if settings.own_schedule and not args.skip_train and not setup.layer_token_schedule(args, efficiency):
         schedule = schedule_from(args, optimizer_params["lr"], settings.train_iters)
     engine, _, _, _ = ds_efficient.initialize(
         model=model,

@@ -18,7 +18,7 @@ def rotate(t: Tensor, freqs: Tensor, mscale: float = 1.0) -> Tensor:
 
     Args:
         t: (S, B, H, D).
-        freqs: (S, 1, 1, R) angles in radians, R even and at most D.
+        freqs: (S, 1, 1, R) or (S, B, 1, R) angles in radians, R even and at most D.
         mscale: factor of cosine and sine.
     """
     width = freqs.shape[-1]
@@ -45,6 +45,8 @@ def fuse_rotary_embedding() -> bool:
     if getattr(original, _MARKER, False):
         return False
     compiled = torch.compile(rotate, dynamic=False)
+    # Of dropped tokens each sample has angles of its own, and their number grows during the run.
+    compiled_per_sample = torch.compile(rotate, dynamic=True)
 
     @functools.wraps(original)
     def fused(t: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -52,7 +54,7 @@ def fuse_rotary_embedding() -> bool:
         others = {name: value for name, value in kwargs.items() if name != "mscale"}
         if args or any(others.values()) or not t.is_cuda:
             return original(t, freqs, *args, **kwargs)
-        return compiled(t, freqs, mscale)
+        return (compiled if freqs.shape[1] == 1 else compiled_per_sample)(t, freqs, mscale)
 
     setattr(fused, _MARKER, True)
     rope_utils._apply_rotary_pos_emb_bshd = fused

@@ -66,12 +66,21 @@ def layer_spec(
                 f"{', '.join(replacements)}; use --transformer-impl local"
             )
         _refuse_techniques_without_seam(config)
-        return _transformer_engine_spec(transformer_config)
+        return _with_token_drop(config, _transformer_engine_spec(transformer_config))
     if transformer_impl != "local":
         raise UserError(
             f"--transformer-impl {transformer_impl!r} unknown; allowed: {', '.join(TRANSFORMER_IMPLS)}"
         )
-    return _local_spec(transformer_config, replacements)
+    return _with_token_drop(config, _local_spec(transformer_config, replacements))
+
+
+def _with_token_drop(config: Any, spec: Any) -> Any:
+    """Put the layer that may leave out tokens into a spec, where random-LTD is enabled."""
+    if config is not None and config.random_ltd.enabled:
+        from megatron_patches.random_ltd import layer_class
+
+        spec.module = layer_class(spec.module)
+    return spec
 
 
 def _local_spec(transformer_config: Any, replacements: Mapping[str, Any]) -> Any:

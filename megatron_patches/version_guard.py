@@ -115,6 +115,21 @@ SEAMS: tuple[Seam, ...] = (
         "what those layers are asked for",
     ),
     Seam(
+        "megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention",
+        (
+            "hidden_states",
+            "attention_mask",
+            "context",
+            "context_mask",
+            "rotary_pos_emb",
+            "attention_bias",
+            "inference_context",
+            "packed_seq_params",
+            "padding_mask",
+        ),
+        "layers that leave out tokens",
+    ),
+    Seam(
         "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint",
         ("state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets"),
         "sharded tensors of techniques",

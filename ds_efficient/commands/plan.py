@@ -28,6 +28,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("config", metavar="JSON", help="DeepSpeed JSON file")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--train-iters", type=int, metavar="N", help="optimizer steps, for schedules")
     _add_layout(parser.add_argument_group("layout"))
     _add_model(parser.add_argument_group("model (all or none of the first three)"))
     _add_activations(parser.add_argument_group("activations"))
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         transformer_engine=args.transformer_impl == "transformer_engine",
         recompute=recompute,
         activations=Activations(hidden_dropout=args.hidden_dropout, attention_dropout=args.attention_dropout),
+        total_steps=args.train_iters,
     )
     if assumed:
         print(f"note: {assumed}", file=sys.stderr)
@@ -163,6 +165,8 @@ def _shape(args: argparse.Namespace) -> tuple[ModelShape, str | None]:
 
 def _problems(args: argparse.Namespace, missing: list[str]) -> list[str]:
     found = [f"{name}: needed with the other model sizes" for name in missing]
+    if args.train_iters is not None and args.train_iters < 1:
+        found.append(f"--train-iters {args.train_iters}: at least 1 is needed")
     if args.num_query_groups is not None and not args.group_query_attention:
         found.append("--num-query-groups: has no effect without --group-query-attention; add it")
     if args.recompute_activations and args.recompute_granularity == "full":

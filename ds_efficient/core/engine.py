@@ -72,6 +72,19 @@ class Attachment:
         """Return each technique's proof that it acted, on this rank."""
         return evidence_module.collect(self.techniques)
 
+    def actions_now(self) -> dict[str, list[Action]]:
+        """Return `actions` as they stand at the present step."""
+        return {
+            technique.name: list(technique.actions_now(self.actions[technique.name]))
+            for technique in self.techniques
+        }
+
+    @property
+    def consumed_layer_tokens(self) -> int | None:
+        """Layer tokens of the run so far, over all ranks; None where every layer sees every token."""
+        counts = (technique.consumed_layer_tokens for technique in self.techniques)
+        return next((count for count in counts if count is not None), None)
+
     def _before_step(self) -> None:
         if self.techniques:
             context = StepContext(step=int(self.engine.global_steps), loss=self.loss)
@@ -146,7 +159,7 @@ def initialize(
         optimizer=optimizer,
         model_parameters=parameters,
         training_data=training_data,
-        lr_scheduler=lr_scheduler,
+        lr_scheduler=_lr_scheduler(techniques, lr_scheduler),
         distributed_port=distributed_port,
         mpu=mpu,
         dist_init_required=dist_init_required,
@@ -218,6 +231,19 @@ def _micro_batches(deepspeed: Mapping[str, Any], data_parallel_size: int) -> int
     if isinstance(micro, int) and isinstance(whole, int):
         return max(1, whole // (micro * data_parallel_size))
     return 1 if isinstance(micro, int) or isinstance(whole, int) else None
+
+
+def _lr_scheduler(techniques: Sequence[Technique[Any]], given: Any) -> Any:
+    """Return what DeepSpeed gets as lr_scheduler; a technique's replaces the one of the configuration."""
+    own = [technique for technique in techniques if technique.schedules_learning_rate]
+    if not own:
+        return given
+    if given is not None:
+        raise UserError(
+            f"lr_scheduler: given, but {own[0].name} schedules the learning rate itself; leave one of them "
+            "out"
+        )
+    return own[0].lr_scheduler
 
 
 def _parameters(model: torch.nn.Module, given: Any) -> Any:

@@ -15,7 +15,7 @@ from ds_efficient.core.layout import ParallelLayout
 from ds_efficient.core.memory import Activations, MemoryEstimate, ZeroBuffers, estimate_stages
 from ds_efficient.core.parallelism import check, require, warnings
 from ds_efficient.core.shape import ModelShape
-from ds_efficient.core.technique import Action, RunContext
+from ds_efficient.core.technique import Action, Outlook, RunContext, Technique
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ class Plan:
         inventory: modules of the whole model, dense.
         changed: the inventory after the techniques, which memory and communication follow.
         actions: what each enabled technique does, by its name.
+        outlooks: what those that change over time save over the run, by their names.
         memory: estimates for ZeRO 0 to 3; the one of ``layout.zero_stage`` is the run's.
         stage_problems: for each ZeRO stage, why it does not run with this layout; empty: it runs.
         model_flops, executed_flops: per token, forward and backward (`ds_efficient.core.flops`).
@@ -45,6 +46,7 @@ class Plan:
     inventory: Inventory
     changed: Inventory
     actions: Mapping[str, Sequence[Action]]
+    outlooks: Mapping[str, Outlook]
     memory: Sequence[MemoryEstimate]
     stage_problems: Sequence[Sequence[str]]
     model_flops: FlopCount
@@ -96,6 +98,9 @@ class Plan:
                 name: [{**asdict(action), "options": dict(action.options)} for action in actions]
                 for name, actions in self.actions.items()
             },
+            "outlooks": {
+                name: {"summary": found.summary, **found.numbers} for name, found in self.outlooks.items()
+            },
             "memory": {
                 str(found.zero_stage): {**found.to_json(), "problems": list(problems)}
                 for found, problems in zip(self.memory, self.stage_problems, strict=True)
@@ -113,11 +118,12 @@ def _inventory_of(model: torch.nn.Module | ModelShape | Inventory) -> Inventory:
     return Inventory.from_shape(model) if isinstance(model, ModelShape) else Inventory.from_model(model)
 
 
-def _plan_actions(
-    config: EfficiencyConfig, layout: ParallelLayout, inventory: Inventory
-) -> dict[str, list[Action]]:
+def _techniques(
+    config: EfficiencyConfig, layout: ParallelLayout, total_steps: int | None
+) -> list[Technique[Any]]:
     context = RunContext(
         seed=config.general.seed,
+        total_steps=total_steps,
         data_parallel_size=layout.data,
         tensor_parallel_size=layout.tensor,
         pipeline_parallel_size=layout.pipeline,
@@ -125,9 +131,7 @@ def _plan_actions(
         micro_batch_size=layout.micro_batch_size,
         micro_batches=layout.num_microbatches,
     )
-    return {
-        technique.name: list(technique.plan(inventory)) for technique in build_techniques(config, context)
-    }
+    return build_techniques(config, context)
 
 
 def _all_warnings(config: EfficiencyConfig, layout: ParallelLayout, inventory: Inventory) -> list[str]:
@@ -146,6 +150,7 @@ def build_plan(
     world_size: int = 1,
     *,
     activations: Activations | None = None,
+    total_steps: int | None = None,
     **layout_options: Any,
 ) -> Plan:
     """Plan a run: no device, no process group, nothing allocated.
@@ -155,6 +160,7 @@ def build_plan(
         model_or_shapes: a module (of any device, ``meta`` included), the shape of a GPT, or an inventory.
         world_size: ranks.
         activations: attention kernel and dropout, for the memory estimate.
+        total_steps: optimizer steps of the run, for techniques with a schedule.
         layout_options: fields of `ParallelLayout` (``tensor=2``, ``pipeline=2``, ``sequence_parallel=True``,
             ``micro_batch_size=4``, ``recompute=Recompute("full")``...).
 
@@ -174,7 +180,9 @@ def build_plan(
     inventory = _inventory_of(model_or_shapes)
     layout = ParallelLayout.from_config(deepspeed, inventory.model, world_size=world_size, **layout_options)
     require(layout)
-    actions = _plan_actions(config, layout, inventory)
+    techniques = _techniques(config, layout, total_steps)
+    actions = {technique.name: list(technique.plan(inventory)) for technique in techniques}
+    outlooks = {technique.name: technique.outlook(inventory) for technique in techniques}
     every = [action for group in actions.values() for action in group]
     changed = inventory.with_actions(every)
     settings = activations or Activations()
@@ -185,6 +193,7 @@ def build_plan(
         inventory=inventory,
         changed=changed,
         actions=actions,
+        outlooks={name: found for name, found in outlooks.items() if found is not None},
         memory=estimate_stages(
             changed, layout, buffers=ZeroBuffers.from_config(deepspeed), settings=settings
         ),

@@ -154,6 +154,7 @@ def _modules(plan: Plan) -> list[str]:
     table += [(name.rstrip("."), *cells) for name, cells in fold(rows)]
     lines = align(table, (2, 3))
     lines += [summary(name, actions) for name, actions in plan.actions.items()]
+    lines += [f"{name}: {found.summary}" for name, found in plan.outlooks.items()]
     if not plan.actions:
         lines.append("no technique is enabled")
     return lines

@@ -132,6 +132,19 @@ class Evidence:
     due: bool = True
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What a technique will save over a whole run, where that follows from its schedule.
+
+    Attributes:
+        summary: one line for the plan.
+        numbers: those behind it.
+    """
+
+    summary: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
 class Technique(ABC, Generic[SectionT]):
     """One technique of one run.
 
@@ -152,6 +165,10 @@ class Technique(ABC, Generic[SectionT]):
     def plan(self, inventory: Inventory) -> Sequence[Action]:
         """Say what happens to each module the section could mean, skipped ones with the reason."""
 
+    def outlook(self, inventory: Inventory) -> Outlook | None:
+        """Say what the run will save, for a technique that changes over time; None for others."""
+        return None
+
     @abstractmethod
     def apply(self, model: torch.nn.Module, actions: Sequence[Action]) -> None:
         """Change the model accordingly, in place, before the engine is built."""
@@ -169,6 +186,24 @@ class Technique(ABC, Generic[SectionT]):
     @abstractmethod
     def evidence(self) -> Evidence:
         """Prove that the technique acted."""
+
+    def actions_now(self, actions: Sequence[Action]) -> Sequence[Action]:
+        """Return `plan`'s actions as they stand now, for a technique that changes over time."""
+        return actions
+
+    @property
+    def schedules_learning_rate(self) -> bool:
+        """Whether the learning rate follows `lr_scheduler` instead of any other schedule."""
+        return False
+
+    def lr_scheduler(self, optimizer: Any) -> Any:
+        """Return a torch scheduler for the optimizer; called where `schedules_learning_rate` says so."""
+        raise AssertionError(f"{self.name} has no schedule of the learning rate")
+
+    @property
+    def consumed_layer_tokens(self) -> int | None:
+        """Layer tokens of the run so far, over all ranks, where the technique changes them; else None."""
+        return None
 
     def weights_fact(self) -> str:
         """What the technique makes of the model's parameters and buffers, in a few words; "" for nothing.

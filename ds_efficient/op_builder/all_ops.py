@@ -87,6 +87,7 @@ _SPECS = (
     *_rows("keyed_random", "counter-based random numbers", cuda=("keyed_random_cuda",)),
     *_rows("slope", "N:M sparse matrices", cuda=("slope_cuda", "slope_operands")),
     *_rows("rmm", "random sketches", cuda=("rmm_cuda", "rmm_hadamard")),
+    *_rows("random_ltd", "token dropping", cuda=("random_ltd_cuda",)),
 )
 
 ALL_OPS: dict[str, OpSpec] = {spec.full_name: spec for spec in _SPECS}

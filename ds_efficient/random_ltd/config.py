@@ -17,7 +17,7 @@ class ScheduleStepsConfig(Section):
     """Speed of the schedule."""
 
     require_steps: Count | None = None
-    """Steps until no token is dropped any more; needed once random_ltd is enabled."""
+    """Steps until max_value tokens are kept; null: never, which needs schedule_type "constant"."""
 
     seq_per_step: Count = 16
     """Tokens by which the kept length grows at a time; a multiple of 8 or 16 suits GPUs."""
@@ -42,8 +42,8 @@ class TokenScheduleConfig(Section):
     max_value: Count | None = None
     """Tokens kept at the end; null: the sequence length."""
 
-    schedule_type: Literal["fixed_linear"] = "fixed_linear"
-    """Shape of the growth."""
+    schedule_type: Literal["fixed_linear", "constant"] = "fixed_linear"
+    """Shape of the growth: steady, or none before step require_steps."""
 
     schedule_config: ScheduleStepsConfig = ScheduleStepsConfig()
     """Speed of the growth."""
@@ -94,8 +94,10 @@ class LayerTokenLrConfig(Section):
 
 @rule("random_ltd_schedule", "enabled")
 def steps_are_given(ltd: RandomLtdConfig) -> str | None:
-    """random_ltd_schedule.schedule_config.require_steps is needed once enabled."""
-    if ltd.enabled and ltd.random_ltd_schedule.schedule_config.require_steps is None:
+    """random_ltd_schedule.schedule_config.require_steps is needed once enabled, with "fixed_linear"."""
+    schedule = ltd.random_ltd_schedule
+    grows = schedule.schedule_type != "constant"
+    if ltd.enabled and grows and schedule.schedule_config.require_steps is None:
         return "schedule_config.require_steps is needed: steps until no token is dropped any more"
     return None
 
@@ -157,3 +159,9 @@ class RandomLtdConfig(TechniqueSection):
 
     layer_token_lr_schedule: LayerTokenLrConfig = LayerTokenLrConfig()
     """Learning rate by layer tokens."""
+
+    token_budget: Count | None = None
+    """Training stops after the step that reaches so many tokens of data; null: no such end."""
+
+    layer_token_budget: Count | None = None
+    """Training stops after the step that reaches so many layer tokens; null: no such end."""

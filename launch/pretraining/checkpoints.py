@@ -16,6 +16,7 @@ from megatron.core import tensor_parallel
 
 from ds_efficient.core.state import latest_tag, others
 from ds_efficient.errors import CheckpointError, UserError
+from ds_efficient.random_ltd.learning_rate import LayerTokenLR
 from pretraining.schedule import LRScheduler
 from pretraining.settings import Settings
 
@@ -231,7 +232,7 @@ def _restore_hyperparameters(engine: Any, wanted: list[dict[str, Any]]) -> None:
         if changed:
             logger.info("parameter group %s: %s as in this run", group.get("name", ""), ", ".join(changed))
         group.update(values)
-    if isinstance(engine.lr_scheduler, LRScheduler):
+    if isinstance(engine.lr_scheduler, (LRScheduler, LayerTokenLR)):
         engine.lr_scheduler.apply()
 
 

@@ -118,6 +118,17 @@ def check_layout(args: argparse.Namespace, settings: Settings, world_size: int) 
         logger.warning("%s", warning)
 
 
+def layer_token_schedule(args: argparse.Namespace, efficiency: Any) -> bool:
+    """Return whether the learning rate follows layer tokens; then the arguments of its schedule are idle."""
+    ltd = efficiency.random_ltd
+    if not (ltd.enabled and ltd.layer_token_lr_schedule.enabled):
+        return False
+    for name in sorted(args.given):
+        if name == "min_lr" or name.startswith(("lr_warmup", "lr_decay")):
+            logger.warning("--%s: has no effect, layer_token_lr_schedule is enabled", name.replace("_", "-"))
+    return True
+
+
 def build_tokenizer_from(args: argparse.Namespace) -> Any:
     """Return the tokenizer that the command line names; synthetic data needs only a vocabulary."""
     if (
@@ -275,7 +286,7 @@ def versions() -> dict[str, str]:
 
 
 def executed_flops(args: argparse.Namespace, shape: ModelShape, engine: Any, group: Any) -> float:
-    """Return the FLOPs of one token that the whole model executes: recomputation and techniques counted.
+    """Return the FLOPs of one token that the whole model executes now: recomputation and techniques counted.
 
     A rank knows what the techniques do on its pipeline stage only; the ranks add up what the stages leave
     out.
@@ -293,7 +304,7 @@ def executed_flops(args: argparse.Namespace, shape: ModelShape, engine: Any, gro
         executed_flops_per_token, shape, recompute=recompute_of(args), pipeline_parallel=stages
     )
     every = count().total
-    groups = engine.ds_efficient.actions
+    groups = engine.ds_efficient.actions_now()
     if not groups:
         return every
     first_layer = engine.module.decoder.layers[0].layer_number - 1
@@ -323,7 +334,6 @@ def build_trainer(
     """Put the parts together."""
     shape = model_shape(args, vocab_size)
     model_flops = model_flops_per_token(shape).total
-    executed = executed_flops(args, shape, engine, parallel.info.host_group)
     peak = peak_tflops(device_name(), settings.precision)
     runner: PlainRunner | PipelinedRunner = PlainRunner(engine, settings)
     if args.pipeline_model_parallel_size > 1:
@@ -345,5 +355,5 @@ def build_trainer(
         train_batches=data.batches("train", progress.consumed_samples),
         eval_batches={split: functools.partial(data.batches, split, 0) for split in data.eval_splits},
         data_parallel_group=parallel.data_group,
-        executed_share=executed / model_flops,
+        executed_share=lambda: executed_flops(args, shape, engine, parallel.info.host_group) / model_flops,
     )

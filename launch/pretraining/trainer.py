@@ -15,11 +15,12 @@ import torch.distributed as dist
 
 from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.errors import UserError
+from ds_efficient.random_ltd.accounting import budget_reached
 from ds_efficient.report.runlog import RunLog
 from pretraining import checkpoints
 from pretraining.settings import Settings
 from pretraining.steps import Batch, average_over_data_parallel
-from pretraining.stop import StopSignal
+from pretraining.stop import Stop, StopSignal
 from pretraining.throughput import Meter, duration, peak_memory, quantity
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Trainer:
         train_batches: endless batches of this rank.
         eval_batches: for each split a function that starts its batches anew; empty without data for it.
         data_parallel_group: for averages.
-        executed_share: executed over model FLOPs: recomputation adds, techniques leave out.
+        executed_share: returns executed over model FLOPs: recomputation adds, techniques leave out; a
+            collective call.
     """
 
     args: argparse.Namespace
@@ -55,16 +57,28 @@ class Trainer:
     train_batches: Iterator[Batch]
     eval_batches: dict[str, Callable[[], Iterator[Batch]]]
     data_parallel_group: Any
-    executed_share: float = 1.0
+    executed_share: Callable[[], float] = lambda: 1.0
+    _logged: tuple[int, int] = (0, 0)  # tokens and layer tokens at the last line
+
+    def _tokens(self) -> tuple[int, int]:
+        """Return the tokens and layer tokens consumed so far."""
+        tokens = self.progress.consumed_samples * self.args.seq_length
+        seen = self.engine.ds_efficient.consumed_layer_tokens
+        return tokens, tokens * self.args.num_layers if seen is None else seen
 
     def run(self) -> str:
         """Train to the end or an early stop; return the reason."""
         args, progress = self.args, self.progress
         reason = f"--train-iters {self.settings.train_iters} reached"
+        spent = self._budget()
+        if spent is not None:  # by the checkpoint already
+            self.finish(spent.reason)
+            return spent.reason
         saved_at = progress.step
         if progress.step == 0:
             self._evaluate_due(first=True)
         self.engine.train()
+        self._logged = self._tokens()
         self.meter.start()
         began, before = time.perf_counter(), progress.seconds
         losses: list[torch.Tensor] = []
@@ -75,7 +89,7 @@ class Trainer:
             progress.consumed_samples += self.settings.global_batch_size
             progress.seconds = before + time.perf_counter() - began
             self.meter.count()
-            stop = self.stop.after(progress.step)
+            stop = self.stop.after(progress.step) or self._budget()
             last = progress.step == self.settings.train_iters
             if progress.step % args.log_interval == 0 or last or stop:
                 self._log(losses, rate)
@@ -98,6 +112,16 @@ class Trainer:
         self.finish(reason)
         return reason
 
+    def _budget(self) -> Stop | None:
+        """Return whether a budget of tokens or layer tokens is spent; the same on every rank."""
+        ltd = self.engine.ds_efficient.config.random_ltd
+        if not ltd.enabled:
+            return None
+        spent = budget_reached(
+            *self._tokens(), token_budget=ltd.token_budget, layer_token_budget=ltd.layer_token_budget
+        )
+        return None if spent is None else Stop(f"random_ltd.{spent}", urgent=False)
+
     def _mean(self, losses: list[torch.Tensor]) -> float:
         return average_over_data_parallel(torch.stack(losses).mean(), self.data_parallel_group)
 
@@ -106,11 +130,14 @@ class Trainer:
         loss = self._mean(losses)
         speed = self.meter.read()
         progress, norm = self.progress, compat.gradient_norm_of_last_step(self.engine)
-        tokens = progress.consumed_samples * self.args.seq_length
+        tokens, layer_tokens = self._tokens()
+        of_interval = (layer_tokens - self._logged[1]) / max(1, tokens - self._logged[0])
+        self._logged = tokens, layer_tokens
+        executed_share = self.executed_share()
         memory = self._largest(peak_memory())
         scale = compat.loss_scale(self.engine)
         if self.log is not None:
-            executed = (speed["model_tflops"] or 0.0) * self.executed_share
+            executed = (speed["model_tflops"] or 0.0) * executed_share
             self.log.write(
                 "train",
                 step=progress.step,
@@ -118,9 +145,10 @@ class Trainer:
                 lr=rate,
                 grad_norm=norm,
                 tokens=tokens,
-                layer_tokens=tokens * self.args.num_layers,
+                layer_tokens=layer_tokens,
                 seconds=progress.seconds,
                 tokens_per_second=speed["tokens_per_second"],
+                layer_tokens_per_second=(speed["tokens_per_second"] or 0.0) * of_interval,
                 model_tflops=speed["model_tflops"],
                 executed_tflops=executed,
                 mfu=speed["mfu"],

@@ -49,6 +49,7 @@ def test_the_files_that_the_documentation_names_are_there():
         "monitored",
         "slope",
         "rmm",
+        "random_ltd",
     }
 
 
@@ -61,7 +62,7 @@ def test_one_key_of_the_quickstart_switches_slope_on():
     assert config.warnings == []
 
 
-@pytest.mark.parametrize("name", ["slope", "rmm"])
+@pytest.mark.parametrize("name", ["slope", "rmm", "random_ltd"])
 def test_the_file_of_a_technique_has_it_alone_switched_on(name):
     assert [row.name for row in load_config(ROOT / "ds_configs" / f"{name}.json").enabled()] == [name]
 

@@ -240,6 +240,12 @@ T __ldg(const T* from) {
 }
 
 template <typename T>
+T __ldcs(const T* from) {
+  host::check_alignment(from, alignof(T));
+  return *from;
+}
+
+template <typename T>
 void __stwb(T* to, T value) {
   host::check_alignment(to, alignof(T));
   *to = value;

@@ -115,6 +115,8 @@ WHOLE = [
     ("lgreco", {"compressor": "qsgd", "range": [2, 8]}),
     ("lgreco", {"accordion": {"enabled": True}}),
     ("random_ltd", {"enabled": True, **LTD}),
+    ("random_ltd", {"enabled": True, "random_ltd_schedule": {"schedule_type": "constant"}}),
+    ("random_ltd", {"token_budget": 3e11, "layer_token_budget": 48e11}),
     ("random_ltd", {"layer_token_lr_schedule": {"enabled": True, "decay_style": "constant"}}),
     ("random_ltd", {"random_ltd_layer_id": [2, 1], "random_ltd_layer_num": 2, "total_layer_num": 3}),
 ]
@@ -340,6 +342,8 @@ STRATEGIES = {
         enabled=st.booleans(),
         total_layer_num=st.integers(12, 96),
         random_ltd_layer_id=st.sets(st.integers(0, 11)).map(list),
+        token_budget=st.none() | COUNTS,
+        layer_token_budget=st.none() | COUNTS,
         model_mask_name=st.none() | st.just("attention_mask"),
         model_type=st.sampled_from(["decoder", "encoder", None]),
         hidden_state_order=st.sampled_from(["batch_seq_dim", "seq_batch_dim", None]),

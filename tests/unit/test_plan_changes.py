@@ -281,7 +281,7 @@ def test_executed_flops_of_a_run_follow_the_actions_of_all_stages(monkeypatch):
         args.pipeline_model_parallel_size = stages
         layers = [SimpleNamespace(layer_number=2 * stage + 1)]
         engine = SimpleNamespace(
-            ds_efficient=SimpleNamespace(actions=actions),
+            ds_efficient=SimpleNamespace(actions_now=lambda: actions),
             module=SimpleNamespace(decoder=SimpleNamespace(layers=layers)),
         )
         return executed_flops(args, SHAPE, engine, None)

@@ -261,7 +261,7 @@ def test_operands_are_planned_where_the_hardware_takes_the_pattern() -> None:
 def test_rewritten_operands_are_planned_with_their_metadata(
     operands: str, micro_batches: int | None, sixteenths: int
 ) -> None:
-    """"auto" rewrites where a step has one micro-batch; the layers are told the same."""
+    """ "auto" rewrites where a step has one micro-batch; the layers are told the same."""
     model, context = nn.Sequential(nn.Linear(64, 64)), RunContext(total_steps=9, micro_batches=micro_batches)
     config = section(modules=["0"], operands=operands, backend="auto")
     technique = SlopeTechnique(config, context)

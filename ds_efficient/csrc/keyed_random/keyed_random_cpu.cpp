@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "keyed_choice_cpu.h"
 #include "keyed_random_lanes.h"
 #include "parallel.h"
 
@@ -23,25 +24,6 @@ void fill(uint64_t key, uint64_t offset, int64_t n, void* out, int threads, Conv
   ds_efficient::run_parallel(n, kPerThread, threads, [=](int64_t first, int64_t count) {
     fill_range(key, offset + static_cast<uint64_t>(first), count, target + first, convert);
   });
-}
-
-// The indices of the k smallest rank words of one row, ascending; equal words in index order.
-void choose_row(uint64_t key, uint64_t row, int64_t n, int64_t k, int64_t* out, std::vector<uint64_t>& rank,
-                std::vector<uint64_t>& scratch) {
-  for (int64_t j = 0; j < n; j += 2) {
-    const Block block = rank_words(key, row, static_cast<uint32_t>(j / 2));
-    rank[j] = rank_word(block, 0);
-    if (j + 1 < n) rank[j + 1] = rank_word(block, 1);
-  }
-  scratch = rank;
-  std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end());
-  const uint64_t threshold = scratch[k - 1];
-  int64_t below = 0;
-  for (int64_t j = 0; j < n; ++j) below += rank[j] < threshold;
-  int64_t ties = k - below, found = 0;
-  for (int64_t j = 0; j < n && found < k; ++j) {
-    if (rank[j] < threshold || (rank[j] == threshold && ties-- > 0)) out[found++] = j;
-  }
 }
 
 }  // namespace

@@ -1,0 +1,183 @@
+"""Tables and figures of random-LTD: the paper's schedules, and measurements from docs/results/data.
+
+`docs/generate.py` writes them. A measurement whose file is not there yet has a line with the command for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from result_tables import (
+    COLOURS,
+    STYLE,
+    Row,
+    each,
+    loss_curves,
+    new_figure,
+    number,
+    percent,
+    read,
+    save,
+    slug,
+    spread,
+    table,
+)
+
+ARMS = {
+    "dense": "dense",
+    "constant": "constant length",
+    "growing": "growing length",
+    "growing_lr": "growing, LayerToken LR, equal tokens",
+    "growing_lr_equal": "growing, LayerToken LR, equal layer tokens",
+}
+STEPS = "python tests/perf/random_ltd_steps.py"
+KERNELS = "python tests/perf/random_ltd_kernels.py"
+QUALITY = "python tests/perf/random_ltd_quality.py run --size 125m"
+_CONDITIONS = ("device", "threads", "torch", "cuda", "python", "commit", "command")
+_BILLION = 10**9
+# Of the paper: name, kept at first, length, data tokens an increase, sequences a step, steps, claimed saving.
+_PAPER = (
+    ("GPT-3 350M and 1.3B", 128, 2048, 1_750_000_000, 512, 300 * _BILLION // (512 * 2048), "33.3%"),
+    ("BERT-large, 2 M steps", 200, 512, 48 * _BILLION, 1024, 2_000_000, "26.2%"),
+    ("BERT-large, 2 M steps", 128, 512, 38 * _BILLION, 1024, 2_000_000, "31.1%"),
+    ("BERT-large, 200 k steps", 256, 512, 3_800_000_000, 1024, 200_000, "14.1%"),
+    ("BERT-large, 200 k steps", 256, 512, 6 * _BILLION, 1024, 200_000, "22.3%"),
+)
+
+
+def schedules() -> str:
+    """Return the table of the paper's schedules, computed."""
+    from ds_efficient.random_ltd.schedule import schedule_by_tokens
+
+    def line(name: str, low: int, length: int, each_: int, batch: int, steps: int, claimed: str) -> list[str]:
+        schedule = schedule_by_tokens(low, length, 16, each_, batch_size=batch, total_layer_num=24)
+        saved = 1 - schedule.consumed_layer_tokens(steps) / schedule.dense_layer_tokens(steps)
+        full = schedule.full_from or 0
+        growth = f"{low} to {length}, +16 each {each_ / _BILLION:g} G tokens"
+        return [name, growth, f"{full:,} of {steps:,}", claimed, f"{100 * saved:.2f}%"]
+
+    header = ("model", "kept tokens", "steps to full length", "paper", "computed, 22 of 24 layers")
+    return "\n".join(table(header, (line(*row) for row in _PAPER)))
+
+
+def steps() -> str:
+    """Return the tables of step times and of the time that the paper's schedule saves."""
+
+    def render(rows: list[Row]) -> list[str]:
+        dense = {row["model"]: row for row in rows if row["part"] == "dense"}
+        lines = table(
+            ("model", "GPUs", "micro-batch", "dense step, ms", "time saved over the schedule",
+             "layer tokens saved", "matrix products saved"),
+            (
+                (row["model"], row["gpus"], row["micro_batch"],
+                 number(dense[row["model"]], "milliseconds", 1), percent(row, "time_saved"),
+                 percent(row, "layer_tokens_saved"), percent(row, "products_saved"))
+                for row in rows if row["part"] == "schedule"
+            ),
+        )  # fmt: skip
+        lines += [
+            f"![Time of a step over the dense one](../_generated/random_ltd_steps_{slug(rows)}.png)",
+            "",
+        ]
+        return lines + table(
+            ("model", "kept tokens", "step, ms", "of the dense step", "tokens/s", "peak memory, GiB"),
+            (
+                (row["model"], row["kept"], number(row, "milliseconds", 1), percent(row, "relative"),
+                 number(row, "tokens_per_second", 0), f"{float(row['peak_memory']) / 2**30:.1f}")
+                for row in rows if row["part"] == "step"
+            ),
+        )  # fmt: skip
+
+    return each("random_ltd_steps", render, STEPS)
+
+
+def kernels() -> str:
+    """Return the table of the kernels, with the columns that its file has."""
+
+    def render(rows: list[Row]) -> list[str]:
+        names = [name for name in rows[0] if name not in _CONDITIONS]
+        return table(
+            [name.replace("_milliseconds", ", ms").replace("_", " ") for name in names],
+            ([_cell(row, name) for name in names] for row in rows),
+        )
+
+    return each("random_ltd_kernels", render, KERNELS)
+
+
+def _cell(row: Row, name: str) -> str:
+    text = row[name]
+    if name.startswith("fraction"):
+        return percent(row, name)
+    try:
+        return text if text.lstrip("-").isdigit() else f"{float(text):.4g}"
+    except ValueError:
+        return text or "-"
+
+
+def quality() -> str:
+    """Return the final losses of every comparison, and their curves."""
+
+    def render(rows: list[Row]) -> list[str]:
+        final = {(row["arm"], row["seed"]): row for row in rows}  # the last row of each
+        lines = [f"Size `{rows[0]['size']}`:", ""]
+        lines += table(
+            ("arm", "tokens", "layer tokens", "seeds", "validation loss", "gap to dense", "training, s"),
+            (_arm(arm, final) for arm in ARMS if any(found == arm for found, _ in final)),
+        )
+        name = f"random_ltd_quality_{slug(rows)}"
+        lines += [f"![Validation loss by tokens](../_generated/{name}.png)", ""]
+        return [*lines, f"![Validation loss by layer tokens](../_generated/{name}_layer_tokens.png)", ""]
+
+    return each("random_ltd_quality", render, QUALITY)
+
+
+def _arm(arm: str, final: dict[tuple[str, str], Row]) -> tuple[str, ...]:
+    chosen = {seed: row for (name, seed), row in final.items() if name == arm}
+    gaps = [
+        float(row["valid_loss"]) - float(final["dense", seed]["valid_loss"])
+        for seed, row in chosen.items()
+        if ("dense", seed) in final
+    ]
+    losses = [float(row["valid_loss"]) for row in chosen.values()]
+    one = next(iter(chosen.values()))
+    seconds = min(float(row["seconds"]) for row in chosen.values())
+    gap = "-" if arm == "dense" else spread(gaps, "+")
+    counts = (f"{int(one['tokens']):,}", f"{int(one['layer_tokens']):,}", str(len(losses)))
+    return ARMS[arm], *counts, spread(losses, ""), gap, f"{seconds:.0f}"
+
+
+def figures(folder: Path) -> list[Path]:
+    """Draw the figures of step times and of quality; returns their paths."""
+    import matplotlib
+
+    drawn = []
+    with matplotlib.rc_context(STYLE):
+        for rows in read("random_ltd_steps"):
+            drawn.append(save(_step_curves(rows), folder / f"random_ltd_steps_{slug(rows)}.png"))
+        for rows in read("random_ltd_quality"):
+            name = f"random_ltd_quality_{slug(rows)}"
+            drawn.append(save(loss_curves(rows, ARMS), folder / f"{name}.png"))
+            layers = loss_curves([{**row, "tokens": row["layer_tokens"]} for row in rows], ARMS)
+            axes = layers.axes[0]
+            axes.set_xlabel(axes.get_xlabel().replace("training tokens", "layer tokens"))
+            drawn.append(save(layers, folder / f"{name}_layer_tokens.png"))
+    return drawn
+
+
+def _step_curves(rows: list[Row]) -> Any:
+    """Time of a step over the dense step, by kept tokens."""
+    figure, axes = new_figure(7.5)
+    found = [row for row in rows if row["part"] == "step"]
+    for colour, model in zip(COLOURS[1:], dict.fromkeys(row["model"] for row in found), strict=False):
+        points = [(int(row["kept"]), float(row["relative"])) for row in found if row["model"] == model]
+        axes.plot(
+            *zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=1.4, label=model
+        )
+    axes.axhline(1.0, color="#000000", linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("kept tokens of a sequence")
+    axes.set_ylabel("time of a step / dense step")
+    if found:
+        axes.legend()
+    return figure
