@@ -194,7 +194,8 @@ class _Seam:
         if self._product_name is None:
             return parent._forward_impl(input, weight, *args, **kwargs)
         name = self._product_name
-        asked = _IMPLEMENTATION.bind(input, weight, *args, **kwargs).arguments
+        # megatron-core passes keywords; binding them takes longer than all the rest here.
+        asked = _IMPLEMENTATION.bind(input, weight, *args, **kwargs).arguments if args else kwargs
         if weight is not self.weight:
             raise UserError(f"{name}: {self!r} was called with a weight of another layer; exclude it")
         _refuse_bypass(name, asked)

@@ -88,6 +88,13 @@ _SPECS = (
     *_rows("slope", "N:M sparse matrices", cuda=("slope_cuda", "slope_operands")),
     *_rows("rmm", "random sketches", cuda=("rmm_cuda", "rmm_hadamard")),
     *_rows("random_ltd", "token dropping", cuda=("random_ltd_cuda",)),
+    OpSpec(
+        "lgreco_planner",
+        "cpu",
+        ("lgreco/planner_cpu.cpp",),
+        "ds_efficient.op_builder.lgreco:LgrecoPlannerCPUBuilder",
+        "L-GreCo's planner, C++",
+    ),
 )
 
 ALL_OPS: dict[str, OpSpec] = {spec.full_name: spec for spec in _SPECS}

@@ -104,9 +104,7 @@ class RandomLtdTechnique(Technique[RandomLtdConfig]):
             if not number or not action.skipped:
                 self._install(model.get_submodule(action.module), action, first=not number)
         longest = self.config.random_ltd_schedule.max_value or self.config.random_ltd_schedule.min_value
-        self.tokens = LayerTokens(
-            schedule_of(self.config.random_ltd_schedule, longest, layers=self._layers)
-        )
+        self.tokens = LayerTokens(schedule_of(self.config.random_ltd_schedule, longest, layers=self._layers))
         self.passes.watch(model)
 
     def _install(self, layer: nn.Module, action: Action, *, first: bool) -> None:
