@@ -88,12 +88,29 @@ _SPECS = (
     *_rows("slope", "N:M sparse matrices", cuda=("slope_cuda", "slope_operands")),
     *_rows("rmm", "random sketches", cuda=("rmm_cuda", "rmm_hadamard")),
     *_rows("random_ltd", "token dropping", cuda=("random_ltd_cuda",)),
+    *_rows("mkor", "rank-1 updates of inverse factors", cuda=("mkor_cuda",)),
     OpSpec(
         "lgreco_planner",
         "cpu",
         ("lgreco/planner_cpu.cpp",),
         "ds_efficient.op_builder.lgreco:LgrecoPlannerCPUBuilder",
         "L-GreCo's planner, C++",
+    ),
+    OpSpec(
+        "lgreco_quantize",
+        "cpu",
+        ("lgreco/quantize_cpu.cpp",),
+        "ds_efficient.op_builder.lgreco:LgrecoQuantizeCPUBuilder",
+        "quantisation of gradients, C++",
+        ("common", "lgreco"),
+    ),
+    OpSpec(
+        "lgreco_quantize",
+        "cuda",
+        ("lgreco/quantize_cuda.cu",),
+        "ds_efficient.op_builder.lgreco:LgrecoQuantizeCUDABuilder",
+        "quantisation of gradients, CUDA",
+        ("common", "lgreco"),
     ),
 )
 

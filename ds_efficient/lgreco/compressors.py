@@ -1,0 +1,313 @@
+"""Compressors of one gradient whose payload is gathered: raw, quantised, largest entries.
+
+Each has ``compress(tensor, ...) -> payload``, ``decompress(payload, shape, ...) -> tensor`` and
+``nbytes(shape)``. A payload is one flat uint8 tensor of exactly ``nbytes(shape, dtype)`` bytes, the same on
+every device for the same input, so that payloads of several tensors share a buffer; ranks gather each
+other's and add them up with ``decompress(..., out=total, weight=1 / ranks, accumulate=True)``. Low rank,
+whose factors are all-reduced instead, is in `ds_efficient.lgreco.powersgd`; what is lost is fed back by
+`ds_efficient.lgreco.feedback`. Source: L-GreCo, arXiv 2210.17357; QSGD, arXiv 1610.02132.
+
+Numbers that are not finite: raw sends them as they are; quantisation makes NaN of their whole bucket; of the
+largest entries NaN and infinity are the first. So an overflow is seen after decompression as before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ds_efficient.core.keys import Key
+from ds_efficient.errors import UserError
+from ds_efficient.ops import lgreco_quantize as quantize
+
+DTYPES = quantize.DTYPES
+SMALLEST = 1024  # elements: fewer are sent raw
+_INT32_LIMIT = 2**31
+_SAMPLED_FROM = 1 << 16  # elements from which a sample is worth its cost
+_SAMPLES = 1 << 13
+
+
+class Compressor(Protocol):
+    """What all compressors of this module have; ``key`` counts only where rounding is random."""
+
+    def compress(self, tensor: Tensor, key: Key | int = 0) -> Tensor:
+        """Flat uint8 payload."""
+
+    def decompress(
+        self,
+        payload: Tensor,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        weight: float = 1.0,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """``weight`` times what the payload stands for, written over ``out`` or added to it."""
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the payload."""
+
+
+def sent_raw(shape: Sequence[int], *, smallest: int = SMALLEST) -> bool:
+    """Whether a tensor is left uncompressed: vectors and scalars, and fewer than ``smallest`` elements."""
+    return len(shape) <= 1 or math.prod(shape) < smallest
+
+
+@dataclass(frozen=True)
+class Raw:
+    """No compression: the payload is the tensor's memory."""
+
+    def compress(self, tensor: Tensor, key: Key | int = 0) -> Tensor:
+        """Bytes of ``tensor`` in row-major order; float32, bfloat16 or float16.
+
+        Raises:
+            UserError: another dtype.
+        """
+        check_dtype(tensor.dtype)
+        return _as_bytes(tensor.detach()).clone()
+
+    def decompress(
+        self,
+        payload: Tensor,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        weight: float = 1.0,
+        accumulate: bool = False,
+        sent: torch.dtype | None = None,
+    ) -> Tensor:
+        """Result in ``dtype`` or in ``out``; ``sent`` is the dtype that was compressed, by default ``dtype``.
+
+        Raises:
+            UserError: payload, ``out`` and shape do not go together.
+        """
+        sent = dtype if sent is None else sent
+        _check_payload(payload, self.nbytes(shape, sent))
+        out, accumulate = result_tensor(out, shape, dtype, payload.device, accumulate)
+        value = _from_bytes(payload, sent).view(out.shape).to(torch.float32) * weight
+        return out.copy_(value + out.to(torch.float32) if accumulate else value)
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        """Elements times their size."""
+        return math.prod(shape) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class QSGD:
+    """Quantisation with stochastic rounding: unbiased, so that no error feedback is needed.
+
+    Args:
+        bits: of a code, 2 to 8.
+        bucket: elements that share a scale (smallest element and unit, float32); a multiple of 8 up to 1024.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+
+    bits: int
+    bucket: int = 512
+
+    def __post_init__(self) -> None:
+        quantize.check_setting(self.bits, self.bucket)
+
+    def compress(self, tensor: Tensor, key: Key | int = 0, *, backend: str = "auto") -> Tensor:
+        """Payload: 8 bytes a bucket, then the packed codes (``csrc/lgreco/quantize_common.h``).
+
+        Args:
+            tensor: float32, bfloat16 or float16, any strides.
+            key: of the rounding; fold step, layer and rank into it, so that errors are independent.
+            backend: see `ds_efficient.ops.lgreco_quantize`.
+
+        Raises:
+            UserError: an argument does not fit.
+            OpBuildError: the compiled code cannot be built.
+        """
+        return quantize.quantize(tensor, key, self.bits, self.bucket, backend=backend)
+
+    def decompress(
+        self,
+        payload: Tensor,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        weight: float = 1.0,
+        accumulate: bool = False,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Result in ``dtype`` or in ``out``: one pass over the payload, one rounding.
+
+        Raises:
+            UserError: payload, ``out`` and shape do not go together.
+            OpBuildError: the compiled code cannot be built.
+        """
+        out, accumulate = result_tensor(out, shape, dtype, payload.device, accumulate)
+        return quantize.dequantize_(
+            out, payload, self.bits, self.bucket, weight=weight, accumulate=accumulate, backend=backend
+        )
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        """ceil(n * bits / 8) + 8 * ceil(n / bucket), whatever the dtype."""
+        return quantize.payload_bytes(math.prod(shape), self.bits, self.bucket)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The largest entries by magnitude and their indices; needs error feedback.
+
+    Exact: kept are the k = ceil(density * n) largest; of equal magnitudes the lowest indices, on every
+    device. From 65536 elements on, the k-th largest is first bounded from below by a sample of every
+    n / 8192-th element, and only what is above the bound is searched. That costs time where the sample
+    misleads, and never changes the result.
+
+    Args:
+        density: share of the entries, 0 < density <= 1, taken as the decimal number it is printed as.
+
+    Raises:
+        UserError: ``density`` is out of range.
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.density, bool) or not 0 < self.density <= 1:
+            raise UserError(f"density={self.density} is out of range; allowed: 0 < density <= 1")
+
+    def kept(self, shape: Sequence[int]) -> int:
+        """Entries that are sent, k."""
+        return math.ceil(Fraction(str(self.density)) * math.prod(shape))
+
+    def compress(self, tensor: Tensor, key: Key | int = 0) -> Tensor:
+        """Payload: k indices ascending (int32; int64 from 2^31 elements on), then k values in the dtype.
+
+        Raises:
+            UserError: ``tensor`` is not float32, bfloat16 or float16.
+        """
+        check_dtype(tensor.dtype)
+        flat = tensor.detach().reshape(-1)
+        index = _largest(flat, self.kept(tensor.shape))
+        return torch.cat((_as_bytes(index.to(_index_dtype(flat.numel()))), _as_bytes(flat[index])))
+
+    def decompress(
+        self,
+        payload: Tensor,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        weight: float = 1.0,
+        accumulate: bool = False,
+        sent: torch.dtype | None = None,
+    ) -> Tensor:
+        """Result in ``dtype`` or in ``out``; ``sent`` is the dtype that was compressed, by default ``dtype``.
+
+        Raises:
+            UserError: payload, ``out`` and shape do not go together.
+        """
+        sent = dtype if sent is None else sent
+        _check_payload(payload, self.nbytes(shape, sent))
+        out, accumulate = result_tensor(out, shape, dtype, payload.device, accumulate)
+        split = self.kept(shape) * _index_dtype(out.numel()).itemsize
+        index = _from_bytes(payload[:split], _index_dtype(out.numel())).to(torch.int64)
+        value = _from_bytes(payload[split:], sent).to(torch.float32) * weight
+        flat = out.view(-1)
+        if accumulate:
+            value += flat[index].to(torch.float32)
+        else:
+            flat.zero_()
+        flat[index] = value.to(flat.dtype)
+        return out
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        """k * (size of an index + size of a value)."""
+        return self.kept(shape) * (_index_dtype(math.prod(shape)).itemsize + dtype.itemsize)
+
+
+def _largest(x: Tensor, k: int) -> Tensor:
+    """Ascending indices of the k largest magnitudes of a flat tensor; of equal ones the lowest indices."""
+    magnitude = x.abs()
+    magnitude = torch.where(torch.isnan(magnitude), torch.inf, magnitude)
+    candidates = _candidates(magnitude, k)
+    if candidates is not None:
+        return candidates[_largest_of(magnitude[candidates], k)]
+    return _largest_of(magnitude, k)
+
+
+def _candidates(magnitude: Tensor, k: int) -> Tensor | None:
+    """Ascending indices of a superset of the k largest, or None where a sample does not find a small one."""
+    n = magnitude.numel()
+    if n < _SAMPLED_FROM or 4 * k > n:
+        return None
+    sample = magnitude[:: n // _SAMPLES]
+    expected = sample.numel() * k / n
+    rank = math.ceil(expected + 4 * math.sqrt(expected) + 4)
+    bound = torch.topk(sample, min(rank, sample.numel())).values[-1]
+    found = (magnitude >= bound).nonzero().view(-1)
+    return found if found.numel() >= k else None
+
+
+def _largest_of(magnitude: Tensor, k: int) -> Tensor:
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=magnitude.device)
+    threshold = torch.topk(magnitude, k, sorted=False).values.amin()
+    above = (magnitude > threshold).nonzero().view(-1)
+    equal = (magnitude == threshold).nonzero().view(-1)[: k - above.numel()]
+    return torch.cat((above, equal)).sort().values
+
+
+def _index_dtype(count: int) -> torch.dtype:
+    return torch.int32 if count <= _INT32_LIMIT else torch.int64
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
+def _from_bytes(payload: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers, copied where the address does not suit them."""
+    if payload.storage_offset() % dtype.itemsize or not payload.is_contiguous():
+        payload = payload.clone()
+    return payload.view(dtype)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """UserError where gradients of a dtype are not compressed."""
+    if dtype not in DTYPES:
+        raise UserError(f"a gradient of {dtype} cannot be compressed; allowed: {', '.join(map(str, DTYPES))}")
+
+
+def _check_payload(payload: Tensor, size: int) -> None:
+    if payload.dtype != torch.uint8 or payload.shape != (size,):
+        raise UserError(
+            f"payload is {payload.dtype} of shape {tuple(payload.shape)}; "
+            f"expected torch.uint8 of shape ({size},)"
+        )
+
+
+def result_tensor(
+    out: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device, accumulate: bool
+) -> tuple[Tensor, bool]:
+    """The tensor to write, a new one where ``out`` is None, and whether there is something to add to.
+
+    Raises:
+        UserError: ``out`` does not fit, or there is none to add to.
+    """
+    if out is None:
+        if accumulate:
+            raise UserError("accumulate=True needs out, the tensor to add to")
+        check_dtype(dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=device), False
+    if tuple(out.shape) != tuple(shape) or not out.is_contiguous():
+        raise UserError(
+            f"out has shape {tuple(out.shape)}, strides {out.stride()}; expected a contiguous {tuple(shape)}"
+        )
+    check_dtype(out.dtype)
+    return out.detach(), accumulate

@@ -1,0 +1,60 @@
+"""Operator ``torch.ops.ds_efficient.mkor_update_``; `ds_efficient.ops.mkor` checks arguments and calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_efficient.ops import mkor_reference as reference
+from ds_efficient.ops.mkor_native import CudaLibrary, Library
+
+
+def update_(
+    matrices: Sequence[Tensor],
+    vectors: Tensor,
+    largest: Tensor,
+    gamma: float,
+    threshold: float,
+    zeta: float,
+    backend: str,
+) -> Tensor:
+    """Run `ds_efficient.ops.mkor.update_`, arguments checked."""
+    kind = CudaLibrary if largest.device.type == "cuda" else Library
+    library = kind.for_device(largest.device, backend)
+    if library is None:
+        return reference.update_(matrices, vectors, largest, gamma, threshold, zeta)
+    outcome = torch.empty(len(matrices), dtype=torch.int32, device=largest.device)
+    if not matrices:
+        return outcome
+    return library.update(matrices, vectors, largest, outcome, (gamma, threshold, zeta))
+
+
+def _update_fake(
+    matrices: Sequence[Tensor],
+    vectors: Tensor,
+    largest: Tensor,
+    gamma: float,
+    threshold: float,
+    zeta: float,
+    backend: str,
+) -> Tensor:
+    return largest.new_empty(len(matrices), dtype=torch.int32)
+
+
+def _register() -> torch.library.Library:
+    """Define the operator; `torch.library.custom_op` would add 50 microseconds to each call."""
+    library = torch.library.Library("ds_efficient", "FRAGMENT")
+    library.define(
+        "mkor_update_(Tensor(a!)[] matrices, Tensor vectors, Tensor(b!) largest, float gamma, "
+        "float threshold, float zeta, str backend) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    library.impl("mkor_update_", update_, "CompositeExplicitAutograd")
+    torch.library.register_fake("ds_efficient::mkor_update_", _update_fake, lib=library)
+    return library
+
+
+LIBRARY = _register()
+"""The operator exists as long as this object."""
