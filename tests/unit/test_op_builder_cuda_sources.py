@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for every supported architecture; and the check itself can fail."""
+"""The check that compiles every CUDA source (tests/run.sh runs it by itself) can fail; an op builds."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ def nvcc() -> toolchain.Nvcc:
     return found
 
 
-def test_every_cuda_source_compiles_for_every_architecture():
-    assert compile_cuda.compile_all(parse_arch_list(";".join(compile_cuda.ARCHITECTURES)), jobs=2) == []
-
-
 def test_a_broken_source_is_reported(tmp_path):
     (tmp_path / "broken.cu").write_text("__global__ void f() { undefined_name = 1; }\n")
     (failure,) = compile_cuda.compile_all(parse_arch_list("9.0a"), jobs=1, csrc=tmp_path)
@@ -43,9 +39,7 @@ def test_cuda_op_builds_with_9_0a_and_exports_its_functions(tmp_path, monkeypatc
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     monkeypatch.setattr(compiler, "visible_gpus", list)
-    for spec in ALL_OPS.values():
-        if spec.device == "cuda":
-            built = compiler.build(spec)
-            assert built.fresh and compiler.find_built(spec) == built.path
-    library = ctypes.CDLL(str(compiler.find_built(ALL_OPS["ds_efficient_keyed_random_cuda"])))
-    assert library.ds_efficient_keyed_random_version() == 1
+    spec = ALL_OPS["ds_efficient_keyed_random_cuda"]
+    built = compiler.build(spec)
+    assert built.fresh and compiler.find_built(spec) == built.path
+    assert ctypes.CDLL(str(built.path)).ds_efficient_keyed_random_version() == 1
