@@ -231,6 +231,14 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
+inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
+  const uint32_t before = *to;
+  *to += value;
+  return before;
+}
+
+[[noreturn]] inline void __trap() { host::fail("trap"); }
+
 inline int __popc(uint32_t word) { return __builtin_popcount(word); }
 
 template <typename T>

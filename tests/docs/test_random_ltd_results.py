@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,14 +18,12 @@ COMMON = {"device": "Some GPU", "torch": "2.0", "cuda": "13.0", "python": "3.12"
 
 
 @pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module, reading from an empty folder."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     module = importlib.import_module("random_ltd_results")
     monkeypatch.setattr(importlib.import_module("result_tables"), "DATA", tmp_path)
-    yield module
-    for name in ("random_ltd_results", "result_tables"):
-        sys.modules.pop(name, None)
+    return module
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
