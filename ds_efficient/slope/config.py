@@ -139,7 +139,7 @@ class SlopeConfig(TechniqueSection):
     adapter: AdapterConfig = AdapterConfig()
     """Low-rank adapters for the end of the run."""
 
-    operands: Literal["auto", "kept", "rewritten"] = "auto"
+    operands: Literal["auto", "kept", "rewritten"] = "kept"
     """Whether the compressed operands of cusparselt stay in memory (kept) or are written anew for each
     product (rewritten), which takes 2 bytes a dense weight less; auto: rewritten where a step has one
     micro-batch, so that they would be written as often anyway."""
