@@ -7,31 +7,18 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from house_rules import ROOT
+from result_files import reading_from, write
 
 PARTS = ("kernels", "products", "adapters", "layers", "on_the_cpu", "quality", "learning_rates", "steps")
-COMMON = {"device": "Some GPU", "torch": "2.0", "cuda": "13.0", "python": "3.12", "commit": "abc",
-          "command": "python x.py"}  # fmt: skip
 
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module, reading from an empty folder."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    module = importlib.import_module("slope_results")
-    monkeypatch.setattr(importlib.import_module("result_tables"), "DATA", tmp_path)
-    return module
-
-
-def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    fields = list(dict.fromkeys(field for row in rows for field in row))
-    with open(folder / f"{name}_Some_GPU.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*fields, *COMMON])
-        writer.writeheader()
-        writer.writerows({**row, **COMMON} for row in rows)
+    return reading_from("slope_results", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("part", PARTS)
