@@ -66,6 +66,7 @@ class Attachment:
                 optional=technique.starts_anywhere,
             )
             technique.attach(engine)
+        compat.override(engine, "load_checkpoint", self._loading)
         compat.on_model_step(engine, self._before_step, self._after_step)
 
     def evidence(self) -> dict[str, Evidence]:
@@ -84,6 +85,15 @@ class Attachment:
         """Layer tokens of the run so far, over all ranks; None where every layer sees every token."""
         counts = (technique.consumed_layer_tokens for technique in self.techniques)
         return next((count for count in counts if count is not None), None)
+
+    def _loading(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            for technique in self.techniques:
+                technique.loaded(int(self.engine.global_steps))
+            return result
+
+        return load_checkpoint
 
     def _before_step(self) -> None:
         if self.techniques:

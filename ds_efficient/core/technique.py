@@ -176,6 +176,13 @@ class Technique(ABC, Generic[SectionT]):
     def attach(self, engine: Any) -> None:
         """Connect to the DeepSpeed engine (only through `ds_efficient.core.deepspeed_compat`)."""
 
+    def loaded(self, step: int) -> None:
+        """Act after the engine has loaded a checkpoint, the weights alone included.
+
+        Args:
+            step: optimizer steps done, as the engine counts them now.
+        """
+
     def before_step(self, context: StepContext) -> None:
         """Act on the reduced gradients at the accumulation boundary, before the optimizer."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.core.keys import Key
 from ds_efficient.core.layer_seam import LayerSeam
 from ds_efficient.core.passes import Passes
@@ -162,21 +161,15 @@ class RandomLtdTechnique(Technique[RandomLtdConfig]):
         return None if self.tokens is None else self.tokens.consumed
 
     def attach(self, engine: Any) -> None:
-        """Follow the engine's count of steps, also when it loads a checkpoint."""
+        """Follow the engine's count of steps."""
         self._start_step(int(engine.global_steps))
         if dist.is_initialized() and dist.get_world_size() > 1:
             own = "gloo" in dist.get_backend()
             self._group = dist.group.WORLD if own else dist.new_group(backend="gloo")
 
-        def loading(original: Callable[..., Any]) -> Callable[..., Any]:
-            def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-                result = original(*args, **kwargs)
-                self._start_step(int(engine.global_steps))
-                return result
-
-            return load_checkpoint
-
-        compat.override(engine, "load_checkpoint", loading)
+    def loaded(self, step: int) -> None:
+        """Follow the checkpoint's count of steps."""
+        self._start_step(step)
 
     def _start_step(self, step: int) -> None:
         self.passes.restart(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -97,20 +97,14 @@ class RmmTechnique(Technique[RmmConfig]):
         return sketch
 
     def attach(self, engine: Any) -> None:
-        """Follow the engine's count of steps, also when it loads a checkpoint."""
+        """Follow the engine's count of steps."""
         self._engine = engine
         self.clock.step = int(engine.global_steps)
         self._measurement.attach()
 
-        def loading(original: Callable[..., Any]) -> Callable[..., Any]:
-            def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-                result = original(*args, **kwargs)
-                self._start_step(int(engine.global_steps))
-                return result
-
-            return load_checkpoint
-
-        compat.override(engine, "load_checkpoint", loading)
+    def loaded(self, step: int) -> None:
+        """Follow the checkpoint's count of steps."""
+        self._start_step(step)
 
     def _start_step(self, step: int) -> None:
         self.clock.step = step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,21 +168,15 @@ class SlopeTechnique(Technique[SlopeConfig]):
         return total - max(1, round(total * adapter.last_fraction))
 
     def attach(self, engine: Any) -> None:
-        """Watch the engine's loads, after which masks and weights are others."""
+        """Start adapters that are due from the first step on."""
         self._engine = engine
-
-        def loading(original: Callable[..., Any]) -> Callable[..., Any]:
-            def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-                result = original(*args, **kwargs)
-                self._renew_operands()
-                self._follow_adapters()
-                return result
-
-            return load_checkpoint
-
-        compat.override(engine, "load_checkpoint", loading)
         if self._start <= 0:
             self._activate(0)
+
+    def loaded(self, step: int) -> None:
+        """Follow the checkpoint's masks and weights, and adapters that were trained."""
+        self._renew_operands()
+        self._follow_adapters()
 
     def _renew_operands(self) -> None:
         for _, _, product in self.layers:
