@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import platform
 import shlex
@@ -84,6 +85,38 @@ def times_ms(call: Callable[[], object], repeat: int, device: torch.device) -> l
         last.record()
     torch.cuda.synchronize(device)
     return [first.elapsed_time(last) for first, last in events]
+
+
+def median_ms(calls: Sequence[Callable[[], object]], repeat: int, *, together: int = 1) -> float:
+    """Median milliseconds of one call on a GPU, going round the calls, with the host running ahead.
+
+    Args:
+        calls: the same work on different memory, so that nothing is found in the L2 cache.
+        repeat: pairs of events.
+        together: calls between two events. One call alone also counts the start of a kernel on an idle GPU
+            and its end, some microseconds that a stream of kernels hides in part.
+    """
+    for call in calls:
+        call()
+    turn = itertools.cycle(calls)
+    times: list[float] = []
+    for _ in range(repeat):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(400_000 * (1 + together))  # 0.2 ms a call: the host's time is not part of it
+        first.record()
+        for _ in range(together):
+            next(turn)()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) / together)
+    return statistics.median(times)
+
+
+def copy_rate(*, together: int = 1) -> float:
+    """Bytes a millisecond of a copy within a GPU's memory, read and written bytes counted."""
+    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms([lambda: target.copy_(source)], 20, together=together)
 
 
 def host_ms(call: Callable[[], object], device: torch.device) -> float | str:

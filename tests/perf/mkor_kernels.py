@@ -4,7 +4,8 @@
 ``mkor_updates_<device name>.csv``. On a GPU: d = 1024 .. 20480, and 96 factors of 1024 in one call; on the
 CPU smaller ones. Floor: every matrix read and written once, at the bandwidth of a copy measured in the same
 run. Factors smaller than the cache are updated in turn with others, so that nothing is found in the L2 cache
-of a GPU. Times are medians; on the CPU the processor's time a thread.
+of a GPU. Times are medians of CUDA events around eight calls, which follow each other as the kernels of a
+training step do; on the CPU the processor's time a thread.
 
 Columns: ``plain_torch`` is the same formula written with torch (matrix-vector product, rank-1 `addr_`, one
 factor after another) with the largest entry as a second step; ``inverse`` is `torch.linalg.inv` of one factor
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, host_ms, medians_in_turns, write_csv
+from measuring import conditions, copy_rate, host_ms, median_ms, medians_in_turns, write_csv
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -37,12 +38,15 @@ CASES = {
 LARGEST_INVERSE = {"cuda": 16384, "cpu": 2048}
 ROTATION = 160 << 20  # bytes of all copies together: three times the L2 cache of an H100
 GAMMA, THRESHOLD, ZETA = 0.95, 10.0, 0.9
+TOGETHER = 8  # calls between two events
 KEY = Key(4).fold("mkor_kernels")
 
 
 def bandwidth(device: torch.device) -> float:
     """Bytes a millisecond of a copy, read and written bytes counted."""
-    source = torch.ones(1 << (29 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        return copy_rate(together=TOGETHER)
+    source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / medians_in_turns({"copy": lambda: target.copy_(source)}, device)["copy"]
 
@@ -91,6 +95,8 @@ def measure_case(
     updates = Updates(count, size, dtype, device)
     calls: dict[str, Callable[[], object]] = {"compiled": updates.compiled, "plain": updates.plain}
     times = medians_in_turns(calls, device)
+    if device.type == "cuda":
+        times["compiled"] = median_ms([updates.compiled], 20, together=TOGETHER)
     host = host_ms(updates.compiled, device)
     elements, element = count * size * size, dtype.itemsize
     del updates, calls

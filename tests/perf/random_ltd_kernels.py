@@ -3,9 +3,9 @@
 ``python tests/perf/random_ltd_kernels.py [--deepspeed] [--output docs/results/data]`` prints a table and
 writes ``random_ltd_kernels_<device name>.csv``. Needs a GPU. Floor: the bytes that must be read and written
 once, at the bandwidth of a device-to-device copy measured in the same run. Each call works on other memory
-than the one before, so that nothing is found in the L2 cache; times are medians of CUDA events around single
-calls. ``--deepspeed`` builds DeepSpeed's op (a minute) and times it in processes of its own, since an illegal
-memory access of it would end this one.
+than the one before, so that nothing is found in the L2 cache; times are medians of CUDA events around eight
+calls, which follow each other as the kernels of a training step do. ``--deepspeed`` builds DeepSpeed's op (a
+minute) and times it in processes of its own, since an illegal memory access of it would end this one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, write_csv
+from measuring import conditions, copy_rate, median_ms, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,31 +33,9 @@ CASES = ((2048, 8, 2048, 1024), (4096, 4, 4096, 2048), (32768, 1, 4096, 8192))  
 SAMPLING = (24, 8, 2048, 1024)  # layers, B, S, kept
 SAMPLING_BAR = 0.03  # milliseconds
 ROTATION = 160 << 20  # bytes of all copies together: three times the L2 cache of an H100
+TOGETHER = 8  # calls between two events
 KEY = Key(5).fold("random_ltd_kernels")
 LAYOUT = {"batch_first": False}
-
-
-def median_ms(calls: Sequence[Callable[[], object]], repeat: int = 40) -> float:
-    """Median time of one call in milliseconds, going round the calls, with the host running ahead."""
-    for call in calls:
-        call()
-    times: list[float] = []
-    for i in range(repeat):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(600_000)  # about 0.3 ms: launch overhead is not part of the time
-        first.record()
-        calls[i % len(calls)]()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last))
-    return statistics.median(times)
-
-
-def bandwidth() -> float:
-    """Bytes a millisecond of a copy, read and written bytes counted."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms([lambda: target.copy_(source)], 20)
 
 
 class Case:
@@ -158,14 +135,18 @@ def measure_rows(sizes: Sequence[int], rate: float) -> Iterator[dict[str, Any]]:
         ("scatter", 2 * all_rows, "scatter", ("torch_scatter", "copy_and_index_copy")),
         ("split", 2 * all_rows + kept_rows, "split", ()),
     ):
-        row = common(op, sizes, size, rate, median_ms([getattr(c, method) for c in copies]))
+        row = common(
+            op, sizes, size, rate, median_ms([getattr(c, method) for c in copies], 40, together=TOGETHER)
+        )
         for name in competitors:
-            row[f"{name}_milliseconds"] = median_ms([getattr(c, name) for c in copies], 15)
+            row[f"{name}_milliseconds"] = median_ms([getattr(c, name) for c in copies], 15, together=TOGETHER)
         yield row
     some = copies[:3]
-    ours = median_ms([c.graph(True) for c in some])
+    ours = median_ms([c.graph(True) for c in some], 40, together=TOGETHER)
     row = common("layer backward", sizes, 2 * (all_rows + kept_rows), rate, ours)
-    row["gather_and_scatter_apart_milliseconds"] = median_ms([c.graph(False) for c in some], 15)
+    row["gather_and_scatter_apart_milliseconds"] = median_ms(
+        [c.graph(False) for c in some], 15, together=TOGETHER
+    )
     yield row
 
 
@@ -184,12 +165,20 @@ def measure_sampling() -> dict[str, Any]:
     layers, batch, length, keep = SAMPLING
     keys = [KEY.fold(layer) for layer in range(layers)]
     ones = torch.ones(layers * batch, length, device="cuda")
+
+    def argsort() -> object:
+        return torch.rand_like(ones).argsort(1)[:, :keep].sort(1)
+
+    def multinomial() -> object:
+        return torch.multinomial(ones, keep).sort(1)
+
+    sample = functools.partial(ltd.sample_layers, length, keep, batch, keys, "cuda")
     return {
         "op": "sample", "shape": f"{layers}x{batch}x{length}", "kept": keep, "dtype": "int64",
-        "milliseconds": median_ms([lambda: ltd.sample_layers(length, keep, batch, keys, "cuda")]),
+        "milliseconds": median_ms([sample], 40, together=TOGETHER),
         "bar_milliseconds": SAMPLING_BAR,
-        "argsort_milliseconds": median_ms([lambda: torch.rand_like(ones).argsort(1)[:, :keep].sort(1)], 15),
-        "multinomial_milliseconds": median_ms([lambda: torch.multinomial(ones, keep).sort(1)], 15),
+        "argsort_milliseconds": median_ms([argsort], 15, together=TOGETHER),
+        "multinomial_milliseconds": median_ms([multinomial], 15, together=TOGETHER),
     }  # fmt: skip
 
 
@@ -202,7 +191,7 @@ def time_deepspeed(number: int) -> None:
     found = {}
     for op, method in (("gather", "deepspeed_gather"), ("scatter in place", "deepspeed_put")):
         calls = [functools.partial(getattr(c, method), module) for c in copies]
-        found[op] = median_ms(calls)
+        found[op] = median_ms(calls, 40, together=TOGETHER)
     copies[0].deepspeed_gather(module)
     found["equal"] = torch.equal(copies[0].made, ltd.gather_tokens(copies[0].x, copies[0].index, **LAYOUT))
     print(json.dumps(found))
@@ -211,7 +200,7 @@ def time_deepspeed(number: int) -> None:
 def deepspeed_times(number: int) -> dict[str, Any]:
     """DeepSpeed's times of a case by op, or why there are none."""
     major, minor = torch.cuda.get_device_capability()
-    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", **os.environ}
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}  # it cannot read 9.0a
     command = [sys.executable, __file__, "--deepspeed-case", str(number)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in (done.stdout if not done.returncode else done.stderr).splitlines() if line]
@@ -248,7 +237,7 @@ def main() -> int:
         return 0
     device = torch.device("cuda", torch.cuda.current_device())
     conditions_of_run = conditions(device)
-    rate = bandwidth()
+    rate = copy_rate(together=TOGETHER)
     print(f"device-to-device copy: {rate / 1e9:.2f} TB/s, read and written bytes counted")
     rows = []
     for number, sizes in enumerate(CASES):

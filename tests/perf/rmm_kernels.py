@@ -3,7 +3,8 @@
 ``python tests/perf/rmm_kernels.py [--output docs/results/data]`` prints a table and writes
 ``rmm_projections_<device name>.csv``. Needs a GPU. Floor: X read and the projection written once, at the
 bandwidth of a device-to-device copy measured in the same run. Each call works on another copy of X than the
-one before, so that nothing is found in the L2 cache; times are medians of CUDA events around single calls.
+one before, so that nothing is found in the L2 cache; times are medians of CUDA events around
+eight calls, which follow each other as the kernels of a training step do.
 
 Ways as in `ds_efficient.ops.rmm.project`. Beside them: torch.baddbmm with an S that is there already, and
 plain torch (`torch.randn`, or signs by `torch.randint`, then a batched product).
@@ -13,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, write_csv
+from measuring import conditions, copy_rate, median_ms, write_csv
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,30 +38,8 @@ WAYS = {
     "rows": ("gemm", "fused"),
 }  # fmt: skip
 ROTATION = 160 << 20  # bytes of all copies together: three times the L2 cache of an H100
+TOGETHER = 8  # calls between two events
 KEY = Key(3).fold("rmm_kernels")
-
-
-def median_ms(calls: Sequence[Callable[[], object]], repeat: int) -> float:
-    """Median time of one call in milliseconds, going round the calls."""
-    for call in calls:
-        call()
-    times: list[float] = []
-    for i in range(repeat):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(400_000)  # the host is ahead: launch overhead is not part of the time
-        first.record()
-        calls[i % len(calls)]()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last))
-    return statistics.median(times)
-
-
-def bandwidth() -> float:
-    """Bytes a millisecond of a copy, read and written bytes counted."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms([lambda: target.copy_(source)], 20)
 
 
 def multiply(x: Tensor, s: Tensor, scale: float) -> Tensor:
@@ -92,16 +70,16 @@ def measure_shape(
     (segment,) = parts.segments()
     scale = segment.scale("gaussian")
     s = torch.randn((segment.blocks, segment.projected, block), dtype=DTYPE, device="cuda")
-    given = median_ms([functools.partial(multiply, c, s, scale) for c in copies], 30)
+    given = median_ms([functools.partial(multiply, c, s, scale) for c in copies], 30, together=TOGETHER)
     sketches = WAYS if block == BLOCK else {"srht": WAYS["srht"]}
     for sketch, ways in sketches.items():
         baseline: float | str = ""
         if sketch in ("gaussian", "rademacher"):
             calls = [functools.partial(plain, c, sketch, parts, scale) for c in copies]
-            baseline = median_ms(calls, 30)
+            baseline = median_ms(calls, 30, together=TOGETHER)
         for way in ways:
             calls = [functools.partial(rmm.project, c, KEY, sketch, parts, backend=way) for c in copies]
-            ours = median_ms(calls, 30)
+            ours = median_ms(calls, 30, together=TOGETHER)
             read = parts.total * features * x.element_size() if sketch == "rows" else x.nbytes
             floor = (size - x.nbytes + read) / rate
             yield {
@@ -117,7 +95,7 @@ def measure_shape(
 
 def measure() -> Iterator[dict[str, Any]]:
     """All rows."""
-    rate = bandwidth()
+    rate = copy_rate(together=TOGETHER)
     print(f"device-to-device copy: {rate / 1e9:.2f} TB/s, read and written bytes counted")
     for rows, features in SHAPES:
         for ratio in RATIOS:

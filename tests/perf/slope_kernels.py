@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, write_csv
+from measuring import conditions, copy_rate, median_ms, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,29 +32,6 @@ CASES = (
 )  # fmt: skip
 ROTATION = 160 << 20  # bytes of all copies together: three times the L2 cache of an H100
 KEY = Key(3).fold("slope_kernels")
-
-
-def median_ms(calls: Sequence[Callable[[], object]], repeat: int) -> float:
-    """Median time of one call in milliseconds, going round the calls."""
-    for call in calls:
-        call()
-    times: list[float] = []
-    for i in range(repeat):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(200_000)  # the host is ahead: launch overhead is not part of the time
-        first.record()
-        calls[i % len(calls)]()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last))
-    return statistics.median(times)
-
-
-def bandwidth() -> float:
-    """Bytes a millisecond of a copy, read and written bytes counted."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms([lambda: target.copy_(source)], 20)
 
 
 class Case:
@@ -152,7 +128,7 @@ class Case:
 
 def measure() -> Iterator[dict[str, Any]]:
     """One row for each kernel and case."""
-    rate = bandwidth()
+    rate = copy_rate()
     print(f"device-to-device copy: {rate / 1e9:.2f} TB/s, read and written bytes counted")
     for rows, columns, n, m, dtype in CASES:
         case = Case(rows, columns, n, m, dtype)
