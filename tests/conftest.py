@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,10 +22,11 @@ def ranks() -> Callable[[int], RankPool]:
     return RankPool
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
     """Fail instead of waiting for ever, as the interpreter would, for a process that a test left behind."""
-    for process in multiprocessing.active_children():
-        if not process.daemon:
-            print(f"\nthe tests left process {process.name} (pid {process.pid})")
-            session.exitstatus = 1
+    yield
+    left = [process for process in multiprocessing.active_children() if not process.daemon]
+    for process in left:
         process.kill()
+    assert not left, f"the tests left {', '.join(f'{p.name} (pid {p.pid})' for p in left)}"

@@ -41,9 +41,10 @@ build_docs() {
   python docs/generate.py && python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 }
 
+# Two files of tests at a time: many tests use one core, others start ranks of their own and wait for each other.
 # Through a file, so that the lines pytest closes with can stand at the end.
 run_pytest() {
-  python -m pytest --durations=15 "$@" 2>&1 | tee "$output"
+  python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@" 2>&1 | tee "$output"
 }
 
 if [ "$install" = 1 ]; then

@@ -40,6 +40,20 @@ struct Share {
   int shift;
 };
 
+// Which part of which sample a block takes. Where samples lie side by side at each position, so do their blocks: what
+// runs at a time is then close together in memory.
+struct Grid {
+  uint32_t parts, batch;
+  bool samples_side_by_side;
+
+  __device__ __forceinline__ uint32_t sample() const {
+    return samples_side_by_side ? blockIdx.x % batch : blockIdx.x / parts;
+  }
+  __device__ __forceinline__ uint32_t part() const {
+    return samples_side_by_side ? blockIdx.x / batch : blockIdx.x % parts;
+  }
+};
+
 template <typename T>
 __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t sample, int64_t position) {
   return reinterpret_cast<const T*>(rows.data + sample * rows.sample + position * rows.position);
@@ -96,9 +110,9 @@ __device__ __forceinline__ int64_t checked_position(const int64_t* index, uint32
 // rows.
 template <typename T, bool kPut>
 __global__ void __launch_bounds__(kThreads)
-    kept_kernel(const Rows all, const Rows part, const Kept kept, const Share share, uint32_t blocks) {
-  const uint32_t sample = blockIdx.x / blocks;
-  const uint32_t task = (blockIdx.x % blocks) * kWarps + threadIdx.x / 32;
+    kept_kernel(const Rows all, const Rows part, const Kept kept, const Share share, const Grid grid) {
+  const uint32_t sample = grid.sample();
+  const uint32_t task = grid.part() * kWarps + threadIdx.x / 32;
   const uint32_t slot = task_row(task, share);
   if (slot >= kept.keep) return;
   const int64_t position = checked_position(kept.index + sample * kept.keep, slot, kept.length);
@@ -150,10 +164,10 @@ __device__ __forceinline__ void find_slots(const int64_t* index, const Kept& kep
 template <typename T, bool kSplit>
 __global__ void __launch_bounds__(kThreads)
     tile_kernel(const Rows rest, const Rows part, const Rows out, const Kept kept, const Share share, uint32_t size,
-                uint32_t tiles) {
+                const Grid grid) {
   __shared__ uint32_t slots[kMostTile];
   __shared__ uint32_t first_slot;
-  const uint32_t sample = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const uint32_t sample = grid.sample(), tile = grid.part();
   const int64_t* const index = kept.index + sample * kept.keep;
   const int64_t start = int64_t{tile} * size, left = kept.length - start;
   const uint32_t rows = left < size ? static_cast<uint32_t>(left) : size;
@@ -211,15 +225,22 @@ cudaError_t share_of(int64_t row, int width, Share* share) {
   return cudaSuccess;
 }
 
+// Start a kernel with a block for each of `parts` parts of each sample of `rows`.
+template <typename Start>
+cudaError_t start_blocks(int64_t parts, const Kept& kept, const Rows& rows, Start start) {
+  if (parts * kept.batch > kMostBlocks) return cudaErrorInvalidConfiguration;
+  const Grid grid{static_cast<uint32_t>(parts), static_cast<uint32_t>(kept.batch), rows.sample < rows.position};
+  start(static_cast<unsigned>(parts * kept.batch), grid);
+  return cudaGetLastError();
+}
+
 template <typename T, bool kPut>
 cudaError_t copy_kept(const Rows& all, const Rows& part, const Kept& kept, const Share& share, cudaStream_t stream) {
   const int64_t rows_at_once = 32 >> share.shift;
   const int64_t tasks = (kept.keep + rows_at_once - 1) / rows_at_once * share.segments;
-  const int64_t blocks = (tasks + kWarps - 1) / kWarps;
-  if (blocks * kept.batch > kMostBlocks) return cudaErrorInvalidConfiguration;
-  kept_kernel<T, kPut><<<static_cast<unsigned>(blocks * kept.batch), kThreads, 0, stream>>>(
-      all, part, kept, share, static_cast<uint32_t>(blocks));
-  return cudaGetLastError();
+  return start_blocks((tasks + kWarps - 1) / kWarps, kept, all, [&](unsigned blocks, const Grid& grid) {
+    kept_kernel<T, kPut><<<blocks, kThreads, 0, stream>>>(all, part, kept, share, grid);
+  });
 }
 
 template <typename T, bool kSplit>
@@ -227,11 +248,9 @@ cudaError_t copy_tiles(const Rows& rest, const Rows& part, const Rows& out, cons
                        const Share& share, cudaStream_t stream) {
   uint32_t size = kLeastTile;
   while (size < kMostTile && 2 * size * row <= kTileBytes) size *= 2;
-  const int64_t tiles = (kept.length + size - 1) / size;
-  if (tiles * kept.batch > kMostBlocks) return cudaErrorInvalidConfiguration;
-  tile_kernel<T, kSplit><<<static_cast<unsigned>(tiles * kept.batch), kThreads, 0, stream>>>(
-      rest, part, out, kept, share, size, static_cast<uint32_t>(tiles));
-  return cudaGetLastError();
+  return start_blocks((kept.length + size - 1) / size, kept, out, [&](unsigned blocks, const Grid& grid) {
+    tile_kernel<T, kSplit><<<blocks, kThreads, 0, stream>>>(rest, part, out, kept, share, size, grid);
+  });
 }
 
 // Calls run(T{}, share) with the word type T that fits.
