@@ -61,17 +61,21 @@ def schedules() -> str:
     return "\n".join(table(header, (line(*row) for row in _PAPER)))
 
 
+def _run(row: Row) -> tuple[str, str]:
+    return row["model"], row["passes"]
+
+
 def steps() -> str:
     """Return the tables of step times and of the time that the paper's schedule saves."""
 
     def render(rows: list[Row]) -> list[str]:
-        dense = {row["model"]: row for row in rows if row["part"] == "dense"}
+        dense = {_run(row): row for row in rows if row["part"] == "dense"}
         lines = table(
-            ("model", "GPUs", "micro-batch", "dense step, ms", "time saved over the schedule",
-             "layer tokens saved", "matrix products saved"),
+            ("model", "GPUs", "micro-batch", "passes a step", "dense step, ms",
+             "time saved over the schedule", "layer tokens saved", "matrix products saved"),
             (
-                (row["model"], row["gpus"], row["micro_batch"],
-                 number(dense[row["model"]], "milliseconds", 1), percent(row, "time_saved"),
+                (row["model"], row["gpus"], row["micro_batch"], row["passes"],
+                 number(dense[_run(row)], "milliseconds", 1), percent(row, "time_saved"),
                  percent(row, "layer_tokens_saved"), percent(row, "products_saved"))
                 for row in rows if row["part"] == "schedule"
             ),
@@ -81,10 +85,12 @@ def steps() -> str:
             "",
         ]
         return lines + table(
-            ("model", "kept tokens", "step, ms", "of the dense step", "tokens/s", "peak memory, GiB"),
+            ("model", "passes a step", "kept tokens", "step, ms", "of the dense step", "tokens/s",
+             "peak memory, GiB"),
             (
-                (row["model"], row["kept"], number(row, "milliseconds", 1), percent(row, "relative"),
-                 number(row, "tokens_per_second", 0), f"{float(row['peak_memory']) / 2**30:.1f}")
+                (row["model"], row["passes"], row["kept"], number(row, "milliseconds", 1),
+                 percent(row, "relative"), number(row, "tokens_per_second", 0),
+                 f"{float(row['peak_memory']) / 2**30:.1f}")
                 for row in rows if row["part"] == "step"
             ),
         )  # fmt: skip
@@ -169,10 +175,11 @@ def _step_curves(rows: list[Row]) -> Any:
     """Time of a step over the dense step, by kept tokens."""
     figure, axes = new_figure(7.5)
     found = [row for row in rows if row["part"] == "step"]
-    for colour, model in zip(COLOURS[1:], dict.fromkeys(row["model"] for row in found), strict=False):
-        points = [(int(row["kept"]), float(row["relative"])) for row in found if row["model"] == model]
+    for colour, run in zip(COLOURS[1:], dict.fromkeys(_run(row) for row in found), strict=False):
+        points = [(int(row["kept"]), float(row["relative"])) for row in found if _run(row) == run]
+        label = f"{run[0]}, {run[1]} micro-batches a step"
         axes.plot(
-            *zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=1.4, label=model
+            *zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=1.4, label=label
         )
     axes.axhline(1.0, color="#000000", linewidth=1)
     axes.set_ylim(bottom=0)

@@ -46,7 +46,7 @@ def test_the_papers_schedules_are_computed_beside_its_claims(results: ModuleType
 
 
 def test_steps_show_the_saving_and_each_length(results: ModuleType, tmp_path: Path) -> None:
-    head = {"model": "1.3b", "gpus": 1, "micro_batch": 8}
+    head = {"model": "1.3b", "gpus": 1, "micro_batch": 8, "passes": 4}
     write(tmp_path, "random_ltd_steps", [
         {**head, "part": "dense", "kept": 2048, "milliseconds": 320.0},
         *({**head, "part": "step", "kept": kept, "milliseconds": 320.0 * share, "relative": share,
@@ -56,8 +56,8 @@ def test_steps_show_the_saving_and_each_length(results: ModuleType, tmp_path: Pa
          "products_saved": 0.31},
     ])  # fmt: skip
     text = results.steps()
-    assert "| 1.3b | 1 | 8 | 320.0 | 29.1% | 30.3% | 31.0% |" in text
-    assert "| 1.3b | 128 | 80.0 | 25.0% | 200000 | 2.0 |" in text
+    assert "| 1.3b | 1 | 8 | 4 | 320.0 | 29.1% | 30.3% | 31.0% |" in text
+    assert "| 1.3b | 4 | 128 | 80.0 | 25.0% | 200000 | 2.0 |" in text
     assert "Some GPU, torch 2.0, cuda 13.0, python 3.12, commit abc; `python x.py`." in text
     (figure,) = results.figures(tmp_path)
     assert figure.name in text

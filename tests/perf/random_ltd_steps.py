@@ -1,12 +1,13 @@
 """Step time of ``launch/pretrain_gpt.py`` at several kept lengths, and the time a whole schedule saves.
 
-    python tests/perf/random_ltd_steps.py [--models 354m 1.3b] [--output docs/results/data]
+    python tests/perf/random_ltd_steps.py [--models 354m 1.3b] [--passes 1 4] [--output docs/results/data]
 
-Two runs a model on synthetic data: one dense, and one with random-LTD whose schedule stays for some steps at
-each of eleven lengths, from a sixteenth of the sequence to all of it; the first interval at each length
-(warm-up of new shapes) is left out and the median of the others is taken. The times, in straight lines
-between the lengths, are then added up over the paper's GPT schedule (arXiv 2211.11586: full length after
-70 % of the tokens, +16 tokens at a time) and compared with as many dense steps.
+Two runs on synthetic data for each model and number of micro-batches a step: one dense, and one with
+random-LTD whose schedule stays for some steps at each of eleven lengths, from a sixteenth of the sequence to
+all of it; the first interval at each length (warm-up of new shapes) is left out and the median of the others
+is taken. The times, in straight lines between the lengths, are then added up over the paper's GPT schedule
+(arXiv 2211.11586: full length after 70 % of the tokens, +16 tokens at a time) and compared with as many dense
+steps.
 
 Writes ``random_ltd_steps_<device name>.csv``: rows with the part ``dense``, ``step`` and ``schedule``.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -121,18 +123,19 @@ def medians(records: list[dict[str, Any]], samples: int, length: int) -> dict[st
     }
 
 
-def measure(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one model."""
+def measure(model: str, passes: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one model with so many micro-batches a step."""
     case, shape = CASES[model], SHAPES[model]
-    samples = case.micro * arguments.gpus
+    samples = case.micro * arguments.gpus * passes
+    case = dataclasses.replace(case, arguments=f"--global-batch-size {samples}")
     measured = measured_schedule(shape, arguments.plateau, samples)
     records = train(case, 4 * arguments.interval, arguments)
     run = next(record for record in records if record["kind"] == "run")
     versions = {name: run["versions"][name] for name in ("deepspeed", "megatron-core")}
-    head = {"model": model, "gpus": arguments.gpus, "micro_batch": case.micro, **versions}
+    head = {"model": model, "gpus": arguments.gpus, "micro_batch": case.micro, "passes": passes, **versions}
     trained = [record for record in records if record["kind"] == "train"][1:]
     dense = {**head, "part": "dense", "kept": shape.seq_length, **medians(trained, samples, shape.seq_length)}
-    print(f"{model}: dense step {dense['milliseconds']:.1f} ms", flush=True)
+    print(f"{model}, {passes} passes: dense step {dense['milliseconds']:.1f} ms", flush=True)
 
     changed = dataclasses.replace(case, sections=section(measured))
     records = train(changed, (INCREASES + 1) * arguments.plateau, arguments)
@@ -177,6 +180,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=sorted(CASES), default=["354m", "1.3b"])
     parser.add_argument("--output", type=Path, default=DATA)
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--passes", nargs="+", type=int, default=[1], help="micro-batches a step")
     parser.add_argument("--plateau", type=int, default=12, help="steps at each length")
     parser.add_argument(
         "--interval", type=int, default=4, help="steps between log lines; divides the plateau"
@@ -191,9 +195,9 @@ def main() -> int:
     common = conditions(device)
     rows: list[dict[str, Any]] = []
     failed = False
-    for model in arguments.models:
+    for model, passes in itertools.product(arguments.models, arguments.passes):
         try:
-            rows += [{**row, **common} for row in measure(model, arguments)]
+            rows += [{**row, **common} for row in measure(model, passes, arguments)]
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             failed = True
             print(f"{model}: failed: {error}", file=sys.stderr)
