@@ -4,8 +4,9 @@
 writes ``random_ltd_kernels_<device name>.csv``. Needs a GPU. Floor: the bytes that must be read and written
 once, at the bandwidth of a device-to-device copy measured in the same run. Each call works on other memory
 than the one before, so that nothing is found in the L2 cache; times are medians of CUDA events around eight
-calls, which follow each other as the kernels of a training step do. ``--deepspeed`` builds DeepSpeed's op (a
-minute) and times it in processes of its own, since an illegal memory access of it would end this one.
+calls, which follow each other as the kernels of a training step do; ``copy_of_...`` is a plain copy of as
+many bytes, timed likewise, which shows what a launch costs at this size. ``--deepspeed`` builds DeepSpeed's
+op (a minute) and times it in processes of its own, since an illegal memory access of it would end this one.
 """
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ class Case:
         """Ours: the backward pass of `scatter`."""
         self.made = torch.ops.ds_efficient.ltd_split(self.x, self.index, False, "auto")
 
+    def copy_of_part(self) -> None:
+        """A plain copy of as many bytes as gather moves: what a launch of this size can reach."""
+        self.made = self.part.clone()
+
+    def copy_of_all(self) -> None:
+        """A plain copy of as many bytes as scatter moves."""
+        self.made = self.x.clone()
+
     def torch_gather(self) -> None:
         """torch.gather."""
         self.made = torch.gather(self.x, 0, self.spread)
@@ -130,9 +139,9 @@ def measure_rows(sizes: Sequence[int], rate: float) -> Iterator[dict[str, Any]]:
     copies = Case.copies(sizes)
     all_rows, kept_rows = copies[0].x.nbytes, copies[0].part.nbytes
     for op, size, method, competitors in (
-        ("gather", 2 * kept_rows, "gather", ("torch_gather", "index_select")),
-        ("scatter in place", 2 * kept_rows, "put", ("torch_put", "index_copy")),
-        ("scatter", 2 * all_rows, "scatter", ("torch_scatter", "copy_and_index_copy")),
+        ("gather", 2 * kept_rows, "gather", ("copy_of_part", "torch_gather", "index_select")),
+        ("scatter in place", 2 * kept_rows, "put", ("copy_of_part", "torch_put", "index_copy")),
+        ("scatter", 2 * all_rows, "scatter", ("copy_of_all", "torch_scatter", "copy_and_index_copy")),
         ("split", 2 * all_rows + kept_rows, "split", ()),
     ):
         row = common(

@@ -19,7 +19,7 @@ namespace keyed = ds_efficient::keyed;
 // ---- copies of rows --------------------------------------------------------------------------------------------
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kAhead = 4;                           // loads of a thread before its first store
+constexpr int kKeptAhead = 2, kTileAhead = 8;       // loads of a thread before its first store
 constexpr int64_t kTileBytes = 32768, kMostBlocks = 0x7fffffff;
 constexpr uint32_t kLeastTile = 4, kMostTile = 256;  // positions of a tile; at most one a thread
 constexpr uint32_t kDropped = 0xffffffffu;
@@ -35,9 +35,24 @@ struct Kept {
 };
 
 // How a warp shares rows of `words` words: 2^shift lanes a row, each kAhead words of one of `segments` segments.
+template <int kAhead>
 struct Share {
   uint32_t words, segments;
   int shift;
+
+  explicit Share(int64_t row_words) : words(static_cast<uint32_t>(row_words)), shift(0) {
+    while (shift < 5 && (int64_t{kAhead} << shift) < row_words) ++shift;
+    const uint32_t segment = static_cast<uint32_t>(kAhead) << shift;
+    segments = (words + segment - 1) / segment;
+  }
+  // Row and first word of this lane in a task of its warp.
+  __device__ __forceinline__ uint32_t row(uint32_t task) const {
+    return ((task / segments) << (5 - shift)) + ((threadIdx.x % 32) >> shift);
+  }
+  __device__ __forceinline__ uint32_t word(uint32_t task) const {
+    const uint32_t lane = (threadIdx.x % 32) & ((1u << shift) - 1u);
+    return ((task % segments) * kAhead << shift) + lane;
+  }
 };
 
 // Which part of which sample a block takes. Where samples lie side by side at each position, so do their blocks: what
@@ -64,9 +79,8 @@ __device__ __forceinline__ T* row_to(const Rows& rows, int64_t sample, int64_t p
   return reinterpret_cast<T*>(rows.data + sample * rows.sample + position * rows.position);
 }
 
-// The words of one segment of a row that belong to this lane. What is read is not needed again, what is written is: the
-// loads give way in the L2 cache.
-template <typename T>
+// The words of one segment of a row that belong to this lane.
+template <typename T, int kAhead>
 struct Words {
   T value[kAhead];
 
@@ -74,14 +88,14 @@ struct Words {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) value[i] = T{};
   }
-  __device__ __forceinline__ void load(const T* row, uint32_t first, const Share& share) {
+  __device__ __forceinline__ void load(const T* row, uint32_t first, const Share<kAhead>& share) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const uint32_t word = first + (static_cast<uint32_t>(i) << share.shift);
-      if (word < share.words) value[i] = __ldcs(row + word);
+      if (word < share.words) value[i] = row[word];
     }
   }
-  __device__ __forceinline__ void store(T* row, uint32_t first, const Share& share) const {
+  __device__ __forceinline__ void store(T* row, uint32_t first, const Share<kAhead>& share) const {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const uint32_t word = first + (static_cast<uint32_t>(i) << share.shift);
@@ -89,15 +103,6 @@ struct Words {
     }
   }
 };
-
-// Row and first word of this lane in a task of its warp.
-__device__ __forceinline__ uint32_t task_row(uint32_t task, const Share& share) {
-  return ((task / share.segments) << (5 - share.shift)) + ((threadIdx.x % 32) >> share.shift);
-}
-__device__ __forceinline__ uint32_t task_word(uint32_t task, const Share& share) {
-  const uint32_t lane = (threadIdx.x % 32) & ((1u << share.shift) - 1u);
-  return ((task % share.segments) * kAhead << share.shift) + lane;
-}
 
 // Position of a slot; stops where it is not one, or not behind that of the slot before.
 __device__ __forceinline__ int64_t checked_position(const int64_t* index, uint32_t slot, int64_t length) {
@@ -110,14 +115,14 @@ __device__ __forceinline__ int64_t checked_position(const int64_t* index, uint32
 // rows.
 template <typename T, bool kPut>
 __global__ void __launch_bounds__(kThreads)
-    kept_kernel(const Rows all, const Rows part, const Kept kept, const Share share, const Grid grid) {
+    kept_kernel(const Rows all, const Rows part, const Kept kept, const Share<kKeptAhead> share, const Grid grid) {
   const uint32_t sample = grid.sample();
   const uint32_t task = grid.part() * kWarps + threadIdx.x / 32;
-  const uint32_t slot = task_row(task, share);
+  const uint32_t slot = share.row(task);
   if (slot >= kept.keep) return;
   const int64_t position = checked_position(kept.index + sample * kept.keep, slot, kept.length);
-  const uint32_t first = task_word(task, share);
-  Words<T> words;
+  const uint32_t first = share.word(task);
+  Words<T, kKeptAhead> words;
   if (kPut) {
     words.load(row_of<T>(part, sample, slot), first, share);
     words.store(row_to<T>(all, sample, position), first, share);
@@ -163,8 +168,8 @@ __device__ __forceinline__ void find_slots(const int64_t* index, const Kept& kep
 // no data mean zeros. With kSplit: rest is read; out <- rest with zeros at the kept positions, part <- rest there.
 template <typename T, bool kSplit>
 __global__ void __launch_bounds__(kThreads)
-    tile_kernel(const Rows rest, const Rows part, const Rows out, const Kept kept, const Share share, uint32_t size,
-                const Grid grid) {
+    tile_kernel(const Rows rest, const Rows part, const Rows out, const Kept kept, const Share<kTileAhead> share,
+                uint32_t size, const Grid grid) {
   __shared__ uint32_t slots[kMostTile];
   __shared__ uint32_t first_slot;
   const uint32_t sample = grid.sample(), tile = grid.part();
@@ -179,11 +184,11 @@ __global__ void __launch_bounds__(kThreads)
   find_slots(index, kept, start, size, slots, &first_slot);
   for (uint32_t task = threadIdx.x / 32;; task += kWarps) {
     if ((task / share.segments) << (5 - share.shift) >= rows) break;
-    const uint32_t row = task_row(task, share), first = task_word(task, share);
+    const uint32_t row = share.row(task), first = share.word(task);
     if (row >= rows) continue;
     const uint32_t slot = slots[row];
     const bool is_kept = slot != kDropped;
-    Words<T> words;
+    Words<T, kTileAhead> words;
     words.clear();
     if (kSplit) {
       words.load(row_of<T>(rest, sample, start + row), first, share);
@@ -214,17 +219,6 @@ int word_bytes(uint64_t bits) {
   return 1;
 }
 
-cudaError_t share_of(int64_t row, int width, Share* share) {
-  const int64_t words = row / width;
-  if (words >= kMostBlocks) return cudaErrorInvalidValue;
-  share->words = static_cast<uint32_t>(words);
-  share->shift = 0;
-  while (share->shift < 5 && (int64_t{kAhead} << share->shift) < words) ++share->shift;
-  const uint32_t segment = static_cast<uint32_t>(kAhead) << share->shift;
-  share->segments = (share->words + segment - 1) / segment;
-  return cudaSuccess;
-}
-
 // Start a kernel with a block for each of `parts` parts of each sample of `rows`.
 template <typename Start>
 cudaError_t start_blocks(int64_t parts, const Kept& kept, const Rows& rows, Start start) {
@@ -235,7 +229,8 @@ cudaError_t start_blocks(int64_t parts, const Kept& kept, const Rows& rows, Star
 }
 
 template <typename T, bool kPut>
-cudaError_t copy_kept(const Rows& all, const Rows& part, const Kept& kept, const Share& share, cudaStream_t stream) {
+cudaError_t copy_kept(const Rows& all, const Rows& part, const Kept& kept, int64_t words, cudaStream_t stream) {
+  const Share<kKeptAhead> share(words);
   const int64_t rows_at_once = 32 >> share.shift;
   const int64_t tasks = (kept.keep + rows_at_once - 1) / rows_at_once * share.segments;
   return start_blocks((tasks + kWarps - 1) / kWarps, kept, all, [&](unsigned blocks, const Grid& grid) {
@@ -244,8 +239,10 @@ cudaError_t copy_kept(const Rows& all, const Rows& part, const Kept& kept, const
 }
 
 template <typename T, bool kSplit>
-cudaError_t copy_tiles(const Rows& rest, const Rows& part, const Rows& out, const Kept& kept, int64_t row,
-                       const Share& share, cudaStream_t stream) {
+cudaError_t copy_tiles(const Rows& rest, const Rows& part, const Rows& out, const Kept& kept, int64_t words,
+                       cudaStream_t stream) {
+  const Share<kTileAhead> share(words);
+  const int64_t row = words * static_cast<int64_t>(sizeof(T));
   uint32_t size = kLeastTile;
   while (size < kMostTile && 2 * size * row <= kTileBytes) size *= 2;
   return start_blocks((kept.length + size - 1) / size, kept, out, [&](unsigned blocks, const Grid& grid) {
@@ -253,21 +250,20 @@ cudaError_t copy_tiles(const Rows& rest, const Rows& part, const Rows& out, cons
   });
 }
 
-// Calls run(T{}, share) with the word type T that fits.
+// Calls run(T{}, words of a row) with the word type T that fits.
 template <typename Run>
 cudaError_t with_words(uint64_t bits, int64_t row, int device, Run run) {
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;
   const int width = word_bytes(bits | static_cast<uint64_t>(row));
-  Share share;
-  const cudaError_t fits = share_of(row, width, &share);
-  if (fits != cudaSuccess) return fits;
+  const int64_t words = row / width;
+  if (words >= kMostBlocks) return cudaErrorInvalidValue;
   switch (width) {
-    case 16: return run(uint4{}, share);
-    case 8: return run(uint2{}, share);
-    case 4: return run(uint32_t{}, share);
-    case 2: return run(uint16_t{}, share);
-    default: return run(uint8_t{}, share);
+    case 16: return run(uint4{}, words);
+    case 8: return run(uint2{}, words);
+    case 4: return run(uint32_t{}, words);
+    case 2: return run(uint16_t{}, words);
+    default: return run(uint8_t{}, words);
   }
 }
 
@@ -324,8 +320,8 @@ int ds_efficient_ltd_gather(const int64_t* index, int64_t batch, int64_t length,
   const Rows all{static_cast<char*>(x), x_sample, x_position};
   const Rows few{static_cast<char*>(part), part_sample, part_position};
   const Kept kept{index, batch, length, keep};
-  return with_words(bits_of_address(all) | bits_of_address(few), row, device, [&](auto word, const Share& share) {
-    return copy_kept<decltype(word), false>(all, few, kept, share, stream);
+  return with_words(bits_of_address(all) | bits_of_address(few), row, device, [&](auto word, int64_t words) {
+    return copy_kept<decltype(word), false>(all, few, kept, words, stream);
   });
 }
 
@@ -336,8 +332,8 @@ int ds_efficient_ltd_put(const int64_t* index, int64_t batch, int64_t length, in
   const Rows all{static_cast<char*>(x), x_sample, x_position};
   const Rows few{static_cast<char*>(part), part_sample, part_position};
   const Kept kept{index, batch, length, keep};
-  return with_words(bits_of_address(all) | bits_of_address(few), row, device, [&](auto word, const Share& share) {
-    return copy_kept<decltype(word), true>(all, few, kept, share, stream);
+  return with_words(bits_of_address(all) | bits_of_address(few), row, device, [&](auto word, int64_t words) {
+    return copy_kept<decltype(word), true>(all, few, kept, words, stream);
   });
 }
 
@@ -351,8 +347,8 @@ int ds_efficient_ltd_scatter(const int64_t* index, int64_t batch, int64_t length
   const Rows made{static_cast<char*>(out), out_sample, out_position};
   const Kept kept{index, batch, length, keep};
   const uint64_t bits = bits_of_address(all) | bits_of_address(few) | bits_of_address(made);
-  return with_words(bits, row, device, [&](auto word, const Share& share) {
-    return copy_tiles<decltype(word), false>(all, few, made, kept, row, share, stream);
+  return with_words(bits, row, device, [&](auto word, int64_t words) {
+    return copy_tiles<decltype(word), false>(all, few, made, kept, words, stream);
   });
 }
 
@@ -365,8 +361,8 @@ int ds_efficient_ltd_split(const int64_t* index, int64_t batch, int64_t length, 
   const Rows made{static_cast<char*>(out), out_sample, out_position};
   const Kept kept{index, batch, length, keep};
   const uint64_t bits = bits_of_address(all) | bits_of_address(few) | bits_of_address(made);
-  return with_words(bits, row, device, [&](auto word, const Share& share) {
-    return copy_tiles<decltype(word), true>(all, few, made, kept, row, share, stream);
+  return with_words(bits, row, device, [&](auto word, int64_t words) {
+    return copy_tiles<decltype(word), true>(all, few, made, kept, words, stream);
   });
 }
 
