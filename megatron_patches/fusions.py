@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_efficient.errors import OpBuildError
+from ds_efficient.ops.random_ltd import gather_rotary, gather_tokens
+from ds_efficient.ops.rotary import rotary_embedding
+from ds_efficient.ops.rotary_native import DTYPES, Library
+
+logger = logging.getLogger(__name__)
+
 _MARKER = "_ds_efficient_fused"
+_KEPT = "_ds_efficient_kept"
 
 
 def rotate(t: Tensor, freqs: Tensor, mscale: float = 1.0) -> Tensor:
@@ -31,10 +40,11 @@ def rotate(t: Tensor, freqs: Tensor, mscale: float = 1.0) -> Tensor:
 
 
 def fuse_rotary_embedding() -> bool:
-    """Let megatron-core's unfused rotary embedding run as one compiled kernel in each direction.
+    """Let megatron-core's unfused rotary embedding run as one kernel in each direction.
 
-    Written as cat, mul, neg and add it took 50 of 353 ms of a 1.3 B training step on an H100. Compiled only
-    for the usual layout; the others go through megatron-core's own function.
+    Written as cat, mul, neg and add it took 50 of 353 ms of a 1.3 B training step on an H100. On a GPU the
+    usual layout takes `ds_efficient.ops.rotary`, or where its kernel cannot be built, which is logged once,
+    one that torch compiles; other layouts go through megatron-core's own function.
 
     Returns:
         Whether it was installed by this call.
@@ -45,17 +55,83 @@ def fuse_rotary_embedding() -> bool:
     if getattr(original, _MARKER, False):
         return False
     compiled = torch.compile(rotate, dynamic=False)
-    # Of dropped tokens each sample has angles of its own, and their number grows during the run.
-    compiled_per_sample = torch.compile(rotate, dynamic=True)
 
     @functools.wraps(original)
     def fused(t: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept = getattr(freqs, _KEPT, None)
         mscale = kwargs.get("mscale", 1.0)
-        others = {name: value for name, value in kwargs.items() if name != "mscale"}
-        if args or any(others.values()) or not t.is_cuda:
+        usual = not args and not any(value for name, value in kwargs.items() if name != "mscale")
+        if kept is not None:
+            if usual:
+                return rotary_embedding(t, freqs, kept, mscale=mscale)
+            return original(t, _gathered(freqs, kept), *args, **kwargs)
+        if not usual or not t.is_cuda:
             return original(t, freqs, *args, **kwargs)
-        return (compiled if freqs.shape[1] == 1 else compiled_per_sample)(t, freqs, mscale)
+        if _fits(t, freqs) and _has_kernel(t.device):
+            return rotary_embedding(t, freqs, mscale=mscale)
+        return compiled(t, freqs, mscale)
 
     setattr(fused, _MARKER, True)
     rope_utils._apply_rotary_pos_emb_bshd = fused
     return True
+
+
+def rotary_is_fused() -> bool:
+    """Whether `fuse_rotary_embedding` is in force, which alone understands `at_kept`."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    return getattr(rope_utils._apply_rotary_pos_emb_bshd, _MARKER, False)
+
+
+def at_kept(angles: Tensor, index: Tensor) -> Tensor | None:
+    """Rotary angles with the kept tokens noted on them, which costs no copy.
+
+    megatron-core hands its layers' angles to its rotary embedding as they are, in training; what would use
+    them otherwise fails with their length, that of the whole sequence.
+
+    Args:
+        angles: (L, 1 or B, 1, R).
+        index: (B, S) int64, the kept positions of each sample.
+
+    Returns:
+        A tensor of its own with the memory of ``angles``, or None for angles of another kind, to be gathered.
+    """
+    if angles.dim() != 4 or angles.shape[2] != 1 or angles.shape[1] not in (1, index.shape[0]):
+        return None
+    if angles.dtype != torch.float32 or angles.requires_grad:
+        return None
+    noted = angles.detach()  # others share the tensor itself, in this layer's time and later
+    setattr(noted, _KEPT, index)
+    return noted
+
+
+def _gathered(angles: Tensor, index: Tensor) -> Tensor:
+    """(S, B, 1, R) of the kept tokens."""
+    if angles.shape[1] == 1:
+        return gather_rotary(angles.squeeze(1), index, batch_first=False)
+    return gather_tokens(angles, index, batch_first=False)
+
+
+def _fits(t: Tensor, freqs: Tensor) -> bool:
+    """Whether `rotary_embedding` computes this; the remainder of its conditions holds in megatron-core."""
+    return (
+        t.dtype in DTYPES
+        and freqs.dtype == torch.float32
+        and not freqs.requires_grad
+        and t.dim() == freqs.dim() == 4
+        and freqs.shape[0] == t.shape[0]
+        and freqs.shape[1] in (1, t.shape[1])
+        and freqs.shape[2] == 1
+    )
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    """Whether there is a kernel for a device; says once why not."""
+    try:
+        return Library.for_device(device, "native") is not None
+    except OpBuildError as error:
+        logger.warning(
+            "the rotary embedding runs as torch compiles it, with more time on the host: %s", error
+        )
+        return False

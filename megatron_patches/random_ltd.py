@@ -19,6 +19,7 @@ from ds_efficient.core.layer_seam import Kept, LayerSeam, TokenDrop
 from ds_efficient.errors import UserError
 from ds_efficient.ops.random_ltd import apply_to_kept
 from ds_efficient.random_ltd.positions import Places, gather_argument, gather_mask, gather_table
+from megatron_patches.fusions import at_kept, rotary_is_fused
 
 # Positional order of TransformerLayer.forward; TransformerBlock passes keywords only.
 _ORDER = ("hidden_states", "attention_mask", "context", "context_mask", "rotary_pos_emb")
@@ -84,9 +85,9 @@ class TokenDropTransformerLayer(TransformerLayer, LayerSeam):  # type: ignore[mi
                 named[name] = gather_mask(named[name], whole, name)
         angles = named.get("rotary_pos_emb")
         if isinstance(angles, tuple):
-            named["rotary_pos_emb"] = tuple(gather_table(part, whole, "rotary_pos_emb") for part in angles)
+            named["rotary_pos_emb"] = tuple(_rotary_angles(part, whole) for part in angles)
         elif angles is not None:
-            named["rotary_pos_emb"] = gather_table(angles, whole, "rotary_pos_emb")
+            named["rotary_pos_emb"] = _rotary_angles(angles, whole)
         if named.get("padding_mask") is not None:  # (B, S / shards)
             local = Places(kept.local, hidden.shape[0], False, whole.layer)
             named["padding_mask"] = gather_argument("padding_mask", named["padding_mask"], local)
@@ -96,6 +97,14 @@ class TokenDropTransformerLayer(TransformerLayer, LayerSeam):  # type: ignore[mi
             return run(hidden_states=part, **named)
 
         return apply_to_kept(on_part, hidden, kept.local, batch_first=False)
+
+
+def _rotary_angles(angles: Tensor, places: Places) -> Tensor:
+    """Those of the kept tokens: noted for the fused rotary embedding, else gathered."""
+    noted = None
+    if angles.shape[0] == places.length and rotary_is_fused():
+        noted = at_kept(angles, places.index)
+    return gather_table(angles, places, "rotary_pos_emb") if noted is None else noted
 
 
 def _refuse_unsupported(config: Any) -> None:
@@ -111,6 +120,8 @@ def _refuse_unsupported(config: Any) -> None:
         refuse(f"--context-parallel-size {config.context_parallel_size}", "use 1")
     if config.apply_rope_fusion:
         refuse("apply_rope_fusion", "use --no-rope-fusion")
+    if getattr(config, "fused_single_qkv_rope", False):
+        refuse("fused_single_qkv_rope", "switch it off")
     if getattr(config, "multi_latent_attention", False):
         refuse("multi_latent_attention, which makes positions inside of the layer", "use another attention")
     if getattr(config, "window_size", None) is not None:

@@ -208,6 +208,7 @@ def refusals() -> dict[str, str]:
     for name, value in (
         ("context_parallel_size", 2),
         ("apply_rope_fusion", True),
+        ("fused_single_qkv_rope", True),
         ("multi_latent_attention", True),
         ("window_size", (4, 0)),
         ("overlap_moe_expert_parallel_comm", True),

@@ -83,12 +83,23 @@ def _rows(
     )
 
 
+def _lgreco_rows(part: str, title: str) -> tuple[OpSpec, OpSpec]:
+    """The two rows of a compressor: ``csrc/lgreco/<part>_cpu.cpp`` and ``<part>_cuda.cu``."""
+    name, builder = f"lgreco_{part}", f"ds_efficient.op_builder.lgreco:Lgreco{part.title()}"
+    include = ("common", "lgreco")
+    return (
+        OpSpec(name, "cpu", (f"lgreco/{part}_cpu.cpp",), f"{builder}CPUBuilder", f"{title}, C++", include),
+        OpSpec(name, "cuda", (f"lgreco/{part}_cuda.cu",), f"{builder}CUDABuilder", f"{title}, CUDA", include),
+    )
+
+
 _SPECS = (
     *_rows("keyed_random", "counter-based random numbers", cuda=("keyed_random_cuda",)),
     *_rows("slope", "N:M sparse matrices", cuda=("slope_cuda", "slope_operands")),
     *_rows("rmm", "random sketches", cuda=("rmm_cuda", "rmm_hadamard")),
     *_rows("random_ltd", "token dropping", cuda=("random_ltd_cuda",)),
-    *_rows("mkor", "rank-1 updates of inverse factors", cuda=("mkor_cuda",)),
+    *_rows("rotary", "rotary position embedding", cuda=("rotary_cuda",)),
+    *_rows("mkor", "rank-1 updates of inverse factors", cuda=("mkor_cuda", "mkor_rescale")),
     OpSpec(
         "lgreco_planner",
         "cpu",
@@ -96,22 +107,9 @@ _SPECS = (
         "ds_efficient.op_builder.lgreco:LgrecoPlannerCPUBuilder",
         "L-GreCo's planner, C++",
     ),
-    OpSpec(
-        "lgreco_quantize",
-        "cpu",
-        ("lgreco/quantize_cpu.cpp",),
-        "ds_efficient.op_builder.lgreco:LgrecoQuantizeCPUBuilder",
-        "quantisation of gradients, C++",
-        ("common", "lgreco"),
-    ),
-    OpSpec(
-        "lgreco_quantize",
-        "cuda",
-        ("lgreco/quantize_cuda.cu",),
-        "ds_efficient.op_builder.lgreco:LgrecoQuantizeCUDABuilder",
-        "quantisation of gradients, CUDA",
-        ("common", "lgreco"),
-    ),
+    *_lgreco_rows("quantize", "quantisation of gradients"),
+    *_lgreco_rows("topk", "largest entries of gradients"),
+    *_lgreco_rows("orthonormal", "orthonormal columns of thin matrices"),
 )
 
 ALL_OPS: dict[str, OpSpec] = {spec.full_name: spec for spec in _SPECS}

@@ -37,6 +37,21 @@ def test_dropped_tokens_pass_bit_for_bit(one_rank: Results) -> None:
         assert (found["y"][kept.T] != found["y"][kept.T][:1]).any()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-6), ("bfloat16", 0.03)])
+def test_fused_rotary_embedding_needs_no_gathered_angles(ranks: Ranks, dtype: str, tolerance: float) -> None:
+    """Values and gradients, of all layouts of angles; the fused way rounds once, the other several times."""
+    found = ranks(1).run("rotary_ranks:rotary_ways", dtype)[0]
+    for name, made in found.items():
+        expected = found["interleaved, gathered" if name.startswith("interleaved") else "gathered"]
+        for part, value in made.items():
+            largest = np.abs(expected[part]).max()
+            np.testing.assert_allclose(value, expected[part], rtol=0, atol=tolerance * largest, err_msg=name)
+    for part, value in found["fused"].items():
+        assert np.array_equal(value, found["fused, recomputed"][part])
+    other = found["interleaved, gathered"]["y"] - found["gathered"]["y"]
+    assert np.abs(other).max() > 0.1 * np.abs(found["gathered"]["y"]).max()
+
+
 def test_tensor_parallel_ranks_drop_the_same_tokens(ranks: Ranks, one_rank: Results) -> None:
     for run in ranks(2).run("random_ltd_ranks:layers", 2, False):
         for case, found in run.items():
@@ -74,6 +89,7 @@ def test_what_needs_all_tokens_is_refused_by_name(ranks: Ranks) -> None:
     parts = {
         "context_parallel_size": "--context-parallel-size 2",
         "apply_rope_fusion": "--no-rope-fusion",
+        "fused_single_qkv_rope": "fused_single_qkv_rope",
         "multi_latent_attention": "multi_latent_attention",
         "window_size": "window_size",
         "overlap_moe_expert_parallel_comm": "overlap_moe",
