@@ -128,7 +128,7 @@ def quality() -> str:
         final = {(row["arm"], row["seed"]): row for row in rows}  # the last row of each
         lines = [f"Size `{rows[0]['size']}`:", ""]
         lines += table(
-            ("arm", "tokens", "layer tokens", "seeds", "validation loss", "gap to dense", "training, s"),
+            ("arm", "tokens", "layer tokens", "seeds", "validation loss", "gap to dense"),
             (_arm(arm, final) for arm in ARMS if any(found == arm for found, _ in final)),
         )
         name = f"random_ltd_quality_{slug(rows)}"
@@ -147,10 +147,9 @@ def _arm(arm: str, final: dict[tuple[str, str], Row]) -> tuple[str, ...]:
     ]
     losses = [float(row["valid_loss"]) for row in chosen.values()]
     one = next(iter(chosen.values()))
-    seconds = min(float(row["seconds"]) for row in chosen.values())
     gap = "-" if arm == "dense" else spread(gaps, "+")
     counts = (f"{int(one['tokens']):,}", f"{int(one['layer_tokens']):,}", str(len(losses)))
-    return ARMS[arm], *counts, spread(losses, ""), gap, f"{seconds:.0f}"
+    return ARMS[arm], *counts, spread(losses, ""), gap
 
 
 def figures(folder: Path) -> list[Path]:
