@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import lgreco_results
+import mkor_results
 import random_ltd_results
 import rmm_results
 import slope_results
@@ -136,10 +138,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "rmm_kernels.md": rmm_results.kernels,
     "rmm_tried.md": rmm_results.tried,
     "rmm_quality.md": rmm_results.quality,
+    **mkor_results.PARTS,
     "random_ltd_schedules.md": random_ltd_results.schedules,
     "random_ltd_steps.md": random_ltd_results.steps,
     "random_ltd_kernels.md": random_ltd_results.kernels,
     "random_ltd_quality.md": random_ltd_results.quality,
+    **lgreco_results.PARTS,
 }
 
 
@@ -152,7 +156,8 @@ def write_all(folder: Path) -> list[Path]:
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
         written.append(path)
-    drawn = [module.figures(folder) for module in (slope_results, rmm_results, random_ltd_results)]
+    modules = (slope_results, rmm_results, mkor_results, random_ltd_results, lgreco_results)
+    drawn = [module.figures(folder) for module in modules]
     return [*written, *(path for paths in drawn for path in paths)]
 
 

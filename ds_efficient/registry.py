@@ -46,7 +46,11 @@ TECHNIQUES: tuple[TechniqueRow, ...] = (
         "weight gradients from a random sketch",
     ),
     TechniqueRow(
-        "mkor", ("mkor",), "ds_efficient.mkor.config:MkorConfig", None, "second-order rank-1 preconditioning"
+        "mkor",
+        ("mkor",),
+        "ds_efficient.mkor.config:MkorConfig",
+        "ds_efficient.mkor.technique:MkorTechnique",
+        "second-order rank-1 preconditioning",
     ),
     TechniqueRow(
         "random_ltd",
@@ -59,7 +63,7 @@ TECHNIQUES: tuple[TechniqueRow, ...] = (
         "lgreco",
         ("lgreco",),
         "ds_efficient.lgreco.config:LgrecoConfig",
-        None,
+        "ds_efficient.lgreco.technique:LgrecoTechnique",
         "layer-wise adaptive gradient compression",
     ),
 )

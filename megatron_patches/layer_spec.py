@@ -24,8 +24,9 @@ _SEAMS = {
     "linear_fc2": SeamRowParallelLinear,
 }
 LINEARS = tuple(_SEAMS)
-# Techniques that act on linear layers through `ds_efficient.core.linear_seam`.
-SEAM_TECHNIQUES = ("slope", "rmm")
+# Techniques that act on linear layers through `ds_efficient.core.linear_seam`, or read their input, which
+# Transformer Engine's layers with a norm inside do not show.
+SEAM_TECHNIQUES = ("slope", "rmm", "mkor")
 TRANSFORMER_IMPLS = ("local", "transformer_engine")
 
 

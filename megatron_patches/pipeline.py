@@ -91,6 +91,9 @@ class PipelineRunner:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
+        attachment = getattr(self.engine, "ds_efficient", None)
+        if train and attachment is not None and attachment.needs_loss:
+            attachment.loss = float(mean)
         return mean
 
     def step(self) -> None:

@@ -23,7 +23,8 @@ _CORE_BASE = tuple(
     f"ds_efficient.core.{name}"
     for name in (
         "keys passes technique shape inventory inventory_torch layout linear_seam plain_linears "
-        "layer_seam weight_gradient state gpu_peaks deepspeed_compat deepspeed_files deepspeed_schema"
+        "layer_seam weight_gradient state gpu_peaks deepspeed_compat deepspeed_files deepspeed_schema "
+        "deepspeed_gradients deepspeed_reduction compact_weight"
     ).split()
 )
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (

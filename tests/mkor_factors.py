@@ -12,7 +12,7 @@ from ds_efficient.core.keys import Key
 from ds_efficient.ops import keyed_random
 from ds_efficient.ops import mkor_reference as reference
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Factors:
             if index in left:
                 continue
             before = self.largest[index]
-            expected, _, wanted = reference.updated(matrix.double(), vector.double(), before.double(), *rule)
+            expected, _, wanted = reference.updated(
+                matrix.double(), vector.double(), before.double(), *rule, matrix.dtype
+            )
             plain = reference.updated(matrix, vector, before, *rule)[0]
             allowed = 2 * (plain.double() - expected).abs().max()
             eps = torch.finfo(matrix.dtype).eps

@@ -27,6 +27,17 @@ def build_techniques(config: EfficiencyConfig, context: RunContext) -> list[Tech
     return techniques
 
 
+def gradient_precision(deepspeed: Mapping[str, Any], precision: str) -> str:
+    """Return the type in which gradients are summed and reduced: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+
+    Args:
+        deepspeed: the JSON.
+        precision: of the training, in the same words.
+    """
+    types = deepspeed.get("data_types")
+    return str((types.get("grad_accum_dtype") if isinstance(types, Mapping) else None) or precision)
+
+
 def apply_techniques(
     model: torch.nn.Module, techniques: Sequence[Technique[Any]], inventory: Inventory
 ) -> Mapping[str, Sequence[Action]]:

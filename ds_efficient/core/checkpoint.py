@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,22 @@ class _Entry:
     optional: bool
 
 
+class ShardedState(Protocol):
+    """State of which each part is on one rank (`ds_efficient.core.technique.Technique`)."""
+
+    def shard_names(self) -> Collection[str]:
+        """Name the parts that this rank has."""
+
+    def shard_state_dict(self) -> Mapping[str, Any]:
+        """Return them."""
+
+    def wants_shard(self, name: str) -> bool:
+        """Whether this rank needs a saved part."""
+
+    def load_shard_state_dict(self, shards: Mapping[str, Any]) -> None:
+        """Take them over."""
+
+
 class CheckpointStore:
     """Saves and restores registered states with the engine's checkpoints.
 
@@ -53,6 +69,7 @@ class CheckpointStore:
         self._engine = engine
         self._context = context
         self._entries: dict[str, _Entry] = {}
+        self._sharded: dict[str, ShardedState] = {}
         self._facts: dict[str, Any] = {}
         self._weights_facts: dict[str, Any] = {}
         self._about: dict[str, Any] = {}
@@ -91,6 +108,15 @@ class CheckpointStore:
             raise ValueError(f"state {name!r} is registered twice")
         self._entries[name] = _Entry(get, set, version, each_rank, optional)
 
+    def register_shards(self, name: str, state: ShardedState) -> None:
+        """Save the parts of a registered state that each rank has alone, and find them again on any layout.
+
+        Args:
+            name: that the state is registered under.
+            state: asked for its parts with every checkpoint.
+        """
+        self._sharded[name] = state
+
     def require_equal(self, facts: Mapping[str, Any], *, weights_only: bool = True) -> None:
         """Record `facts` in every checkpoint; refuse to load one that was saved with others.
 
@@ -114,6 +140,10 @@ class CheckpointStore:
     @staticmethod
     def _rank_file() -> str:
         return f"ds_efficient_rank_{dist.get_rank() if dist.is_initialized() else 0:05d}.pt"
+
+    @staticmethod
+    def _shard_file() -> str:
+        return f"ds_efficient_shard_{dist.get_rank() if dist.is_initialized() else 0:05d}.pt"
 
     def _payload(self, *, each_rank: bool) -> dict[str, Any]:
         return {
@@ -162,6 +192,9 @@ class CheckpointStore:
             files.save_tensors(folder / self._shared_file(), self._payload(each_rank=False))
         if any(entry.each_rank for entry in self._entries.values()):
             files.save_tensors(folder / self._rank_file(), self._payload(each_rank=True))
+        shards = {name: dict(state.shard_state_dict()) for name, state in self._sharded.items()}
+        if any(shards.values()):
+            files.save_tensors(folder / self._shard_file(), {"package": __version__, "shards": shards})
 
     def _finish(self, staging: Path, folder: Path, save_latest: bool) -> None:
         facts = {**self._weights_facts, **self._facts}
@@ -240,6 +273,9 @@ class CheckpointStore:
     def _restore(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         shared = files.load_tensors(folder / self._shared_file())
         self._hand_over(shared["states"], each_rank=False, where=folder / self._shared_file())
+        for name, state in self._sharded.items():
+            if name in shared["states"]:
+                state.load_shard_state_dict(self._shards(folder, name, state))
         if not any(entry.each_rank for entry in self._entries.values()):
             return
         same = manifest["layout"].get("world_size") == self.layout.world_size
@@ -253,6 +289,20 @@ class CheckpointStore:
                 manifest["layout"].get("world_size"),
                 self.layout.world_size,
             )
+
+    def _shards(self, folder: Path, name: str, state: ShardedState) -> dict[str, Any]:
+        """Return the saved parts that this rank needs: its own, or those of whichever rank had them."""
+        own = folder / self._shard_file()
+        found: dict[str, Any] = {}
+        if own.is_file():
+            found = files.load_tensors(own, lazily=True)["shards"].get(name, {})
+            if set(state.shard_names()) <= found.keys():
+                return {key: value for key, value in found.items() if state.wants_shard(key)}
+        found = {}
+        for path in sorted(folder.glob("ds_efficient_shard_*.pt")):
+            saved = files.load_tensors(path, lazily=True)["shards"].get(name, {})
+            found |= {key: value for key, value in saved.items() if state.wants_shard(key)}
+        return found
 
     def _hand_over(self, states: Mapping[str, Any], *, each_rank: bool, where: Path) -> None:
         expected = {name for name, entry in self._entries.items() if entry.each_rank == each_rank}

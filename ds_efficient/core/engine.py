@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ds_efficient.config import EfficiencyConfig, load_config
 from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.core import evidence as evidence_module
-from ds_efficient.core.apply import apply_techniques, build_techniques
+from ds_efficient.core.apply import apply_techniques, build_techniques, gradient_precision
 from ds_efficient.core.checkpoint import CheckpointStore
 from ds_efficient.core.inventory import Inventory
 from ds_efficient.core.parameter_groups import as_lists, split_groups
@@ -65,6 +65,7 @@ class Attachment:
                 technique.state_version,
                 optional=technique.starts_anywhere,
             )
+            self.store.register_shards(technique.name, technique)
             technique.attach(engine)
         compat.override(engine, "load_checkpoint", self._loading)
         compat.on_model_step(engine, self._before_step, self._after_step)
@@ -79,6 +80,11 @@ class Attachment:
             technique.name: list(technique.actions_now(self.actions[technique.name]))
             for technique in self.techniques
         }
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether some technique wants `loss` set before each step, by whoever runs the passes."""
+        return any(technique.needs_loss for technique in self.techniques)
 
     @property
     def consumed_layer_tokens(self) -> int | None:
@@ -227,6 +233,7 @@ def _run_context(settings: EfficiencyConfig, mpu: Any, total_steps: int | None) 
         zero_stage=int(settings.deepspeed.get("zero_optimization", {}).get("stage", 0)),
         micro_batch_size=micro_batch if isinstance(micro_batch, int) else None,
         micro_batches=_micro_batches(settings.deepspeed, ask("get_data_parallel_world_size", size)),
+        gradient_precision=gradient_precision(settings.deepspeed, settings.precision),
     )
 
 

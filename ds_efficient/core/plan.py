@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ds_efficient.core.apply import build_techniques
+from ds_efficient.core.apply import build_techniques, gradient_precision
 from ds_efficient.core.communication import CommunicationEstimate, estimate_communication
 from ds_efficient.core.flops import FlopCount, executed_flops_per_token, model_flops_per_token
 from ds_efficient.core.inventory import Inventory
@@ -130,6 +130,7 @@ def _techniques(
         zero_stage=layout.zero_stage,
         micro_batch_size=layout.micro_batch_size,
         micro_batches=layout.num_microbatches,
+        gradient_precision=gradient_precision(config.deepspeed, layout.precision),
     )
     return build_techniques(config, context)
 

@@ -4,6 +4,7 @@ A checkpoint folder ``<save>/<tag>`` gets, before DeepSpeed's own files are decl
 
 - ``ds_efficient_mp_XX.pt``: replicated state of one model-parallel rank, written by data-parallel rank 0;
 - ``ds_efficient_rank_XXXXX.pt``: state that differs on each rank (random streams);
+- ``ds_efficient_shard_XXXXX.pt``: parts of a technique's state of which each is on one rank, by their names;
 - ``ds_efficient_manifest.json``: layout and sizes of all files, so that a truncated one is recognised.
 
 Until all that is on disk the folder is called ``<tag>.saving``: a folder under its own name is whole.
@@ -75,8 +76,12 @@ def save_tensors(path: Path, payload: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """Read what `save_tensors` wrote.
+
+    Args:
+        path: of the file.
+        lazily: leave tensors in the file until they are used.
 
     Raises:
         CheckpointError: missing, truncated or of another format.
@@ -86,7 +91,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
             f"{path}: missing; the checkpoint is not complete or was made on another layout"
         )
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily or None)
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read ({_first_line(error)}); use an earlier checkpoint"

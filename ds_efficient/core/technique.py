@@ -6,7 +6,7 @@ Shared by the techniques and by the engine, so it imports neither.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -33,6 +33,7 @@ class RunContext:
         zero_stage: DeepSpeed's ``zero_optimization.stage``.
         micro_batch_size: samples of one pass of one data-parallel rank, or None where it is not known.
         micro_batches: passes of one data-parallel rank in an optimizer step, or None where it is not known.
+        gradient_precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``: of the gradients that are reduced.
     """
 
     seed: int = 1234
@@ -46,6 +47,7 @@ class RunContext:
     zero_stage: int = 0
     micro_batch_size: int | None = None
     micro_batches: int | None = None
+    gradient_precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,11 @@ class Technique(ABC, Generic[SectionT]):
         return actions
 
     @property
+    def needs_loss(self) -> bool:
+        """Whether `StepContext.loss` is wanted where the engine does not see the loss itself (a pipeline)."""
+        return False
+
+    @property
     def schedules_learning_rate(self) -> bool:
         """Whether the learning rate follows `lr_scheduler` instead of any other schedule."""
         return False
@@ -225,3 +232,23 @@ class Technique(ABC, Generic[SectionT]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s result, possibly at another data-parallel size."""
+
+    def shard_names(self) -> Collection[str]:
+        """Name the parts of the state that this rank alone has; no two ranks use the same name."""
+        return ()
+
+    def shard_state_dict(self) -> dict[str, dict[str, Any]]:
+        """State for the checkpoint by `shard_names`: tensors and plain values only."""
+        return {}
+
+    def wants_shard(self, name: str) -> bool:
+        """Whether this rank needs a part that was saved under this name, by whichever rank."""
+        return name in self.shard_names()
+
+    def load_shard_state_dict(self, shards: Mapping[str, Any]) -> None:
+        """Restore parts after `load_state_dict`; also called without any, where none was saved.
+
+        Args:
+            shards: this rank's own ones where it saved all of `shard_names`; else, as with another number of
+                ranks, all that `wants_shard` accepts.
+        """

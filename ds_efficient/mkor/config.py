@@ -59,16 +59,49 @@ def factors_change(mkor: MkorConfig) -> str | None:
     return None
 
 
+@rule("stabilizer", "gamma")
+def blends_outweigh_growth(mkor: MkorConfig) -> str | None:
+    """zeta is smaller than gamma: a blend outweighs the growth by 1 / gamma at each update."""
+    if mkor.stabilizer.zeta >= mkor.gamma:
+        return (
+            f"zeta = {mkor.stabilizer.zeta:g} is not below gamma = {mkor.gamma:g}, so that the factors would "
+            f"grow without bound; use for example {round(mkor.gamma * 0.95, 3):g}"
+        )
+    return None
+
+
+@rule("state_dtype", "form")
+def factored_form_is_precise(mkor: MkorConfig) -> str | None:
+    """state_dtype is "fp32" with form "factored"."""
+    if mkor.form == "factored" and mkor.state_dtype != "fp32":
+        return (
+            f'"{mkor.state_dtype}" with form "factored", whose basis would not stay orthonormal; use "fp32" '
+            '(the form is small already), or form "dense"'
+        )
+    return None
+
+
+@rule("max_rank", "form", warning=True)
+def rank_is_used(mkor: MkorConfig) -> str | None:
+    """max_rank goes with form "factored"."""
+    if mkor.enabled and "max_rank" in mkor.model_fields_set and mkor.form != "factored":
+        return f'has no effect with form "{mkor.form}"; it goes with form "factored"'
+    return None
+
+
 class MkorConfig(TechniqueSection):
     """MKOR: gradients of linear layers are multiplied by inverse Kronecker factors under rank-1 updates."""
 
-    rules = (factors_change,)
+    rules = (factors_change, blends_outweigh_growth, factored_form_is_precise, rank_is_used)
 
     gamma: Fraction = 0.95
     """Weight of the old statistics at each update of the factors."""
 
     inversion_interval: Count = 10
     """Steps between two updates of the inverse factors."""
+
+    warmup_steps: Natural = 0
+    """First steps of the run, in which every step updates the factors."""
 
     stabilizer: StabilizerConfig = StabilizerConfig()
     """Bound on the growth of the inverse factors."""
@@ -87,6 +120,9 @@ class MkorConfig(TechniqueSection):
 
     comm_dtype: Dtype = "fp32"
     """Type in which the rank-1 vectors are exchanged between ranks."""
+
+    tensor_parallel: Literal["exact", "block"] = "exact"
+    """Factors of a layer that tensor parallelism cuts: of the whole layer, or one pair for each shard."""
 
     exclude: Names = ("output_layer", "embedding")
     """Layers to leave to the first-order optimizer: ends of their dotted module names."""

@@ -17,7 +17,7 @@ multiply such a direction by ``zeta / gamma``, so it stays bounded only where ze
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -261,7 +261,10 @@ class DenseInverse:
 
 @torch.no_grad()
 def precondition(
-    gradient: Tensor, left: InverseFactor | None = None, right: InverseFactor | None = None
+    gradient: Tensor,
+    left: InverseFactor | None = None,
+    right: InverseFactor | None = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return ``M_L G M_R`` rescaled to the Frobenius norm of G.
 
@@ -272,6 +275,8 @@ def precondition(
         gradient: (out, in) fp32 or fp64.
         left: factor of size out; None: the identity.
         right: factor of size in; None: the identity.
+        keep: sets the product to zero where a sparse weight has no elements; it must leave the gradient as
+            it is. Applied before the norm is restored.
 
     Returns:
         (out, in). The gradient itself where it is zero or not finite, where the product overflows, and where
@@ -282,6 +287,8 @@ def precondition(
         product = right.times(product.T).T  # M is symmetric
     if left is not None:
         product = left.times(product)
+    if keep is not None:
+        product = keep(product)
     norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
     scale = norm / torch.linalg.vector_norm(product, dtype=torch.float64)
     descends = product.flatten() @ gradient.flatten() > 0

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ds_efficient.errors import UserError
 from ds_efficient.ops import mkor_operators as operators
-from ds_efficient.ops.mkor_reference import BLENDED, LEFT, UPDATED
+from ds_efficient.ops.mkor_reference import BLENDED, LEFT, RESET, UPDATED
 from ds_efficient.ops.native import is_plain
 
-__all__ = ["BACKENDS", "BLENDED", "DTYPES", "LEFT", "UPDATED", "update_"]
+__all__ = ["BACKENDS", "BLENDED", "DTYPES", "LEFT", "RESET", "UPDATED", "update_"]
 
 BACKENDS = ("auto", "native", "reference")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KINDS = set(DTYPES)
 _LARGEST_SIZE = 1 << 16
 OPERATORS = operators.LIBRARY  # the operator exists as long as this object
 
@@ -49,8 +50,8 @@ def update_(
 
     Args:
         matrices: factors M, each (d, d), contiguous, symmetric positive definite, sizes of any mixture up to
-            65536, all float32 or all bfloat16, on one device, none overlapping another. On CUDA only the
-            entries on and below the diagonal are read; all are written.
+            65536, all float32, all bfloat16 or all float16, on one device, none overlapping another. On CUDA
+            only the entries on and below the diagonal are read; all are written.
         vectors: (sum of all d,) float32, contiguous: the vectors v one behind the other, as one exchange
             leaves them.
         largest: (number of factors,) float32, contiguous: the largest absolute entry of each M, 1 for the
@@ -63,9 +64,11 @@ def update_(
             once), ``"native"`` (compiled code or an error) or ``"reference"`` (plain torch).
 
     Returns:
-        (number of factors,) int32: `UPDATED`, `BLENDED` (updated after the blend) or `LEFT`. A factor is left
-        as it was where v or M v is not finite, where M is no longer positive definite along v
-        (gamma + (1 - gamma) q <= 0), and where M / gamma might overflow.
+        (number of factors,) int32: `UPDATED`, `BLENDED` (updated after the blend), `LEFT` or `RESET`. A
+        factor is left as it was where v is not finite or its length times ``largest`` exceeds 1e35, and where
+        M / gamma might overflow the type. It starts again from the identity where q < 0: rounding has cost it
+        its definiteness, which half types allow in spite of the guard that an update leaves at least
+        32 epsilon of the type times ``largest`` along v.
 
     Raises:
         UserError: an argument does not fit.
@@ -92,7 +95,27 @@ def _check_numbers(gamma: float, threshold: float, zeta: float, backend: str) ->
 
 
 def _check_tensors(matrices: Sequence[Tensor], vectors: Tensor, largest: Tensor) -> None:
-    total = 0
+    # All at once where all is well: this is the host's share of each call.
+    where = largest.device
+    shapes = [matrix.shape for matrix in matrices]
+    kinds = {matrix.dtype for matrix in matrices}
+    places = {matrix.device for matrix in matrices}
+    fits = all(len(s) == 2 and s[0] == s[1] and 0 < s[0] <= _LARGEST_SIZE for s in set(shapes))
+    fits = fits and len(kinds) <= 1 and kinds <= _KINDS and places <= {where}
+    if not fits or not all([matrix.is_contiguous() for matrix in matrices]):
+        _refuse(matrices, where)
+    total = sum([shape[0] for shape in shapes])
+    for name, tensor, count in (("vectors", vectors, total), ("largest", largest, len(matrices))):
+        fits = tensor.shape == (count,) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        if not fits or tensor.device != where:
+            raise UserError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; expected "
+                f"contiguous torch.float32 of shape ({count},) on {where}"
+            )
+
+
+def _refuse(matrices: Sequence[Tensor], where: torch.device) -> None:
+    """Say which matrix does not fit."""
     for index, matrix in enumerate(matrices):
         shape, dtype = matrix.shape, matrix.dtype
         if matrix.dim() != 2 or shape[0] != shape[1] or not 0 < shape[0] <= _LARGEST_SIZE:
@@ -104,16 +127,8 @@ def _check_tensors(matrices: Sequence[Tensor], vectors: Tensor, largest: Tensor)
                 f"matrices[{index}] is {dtype}, matrices[0] is {matrices[0].dtype}; expected one of "
                 f"{', '.join(map(str, DTYPES))} for all"
             )
-        if not matrix.is_contiguous() or matrix.device != largest.device:
+        if not matrix.is_contiguous() or matrix.device != where:
             raise UserError(
                 f"matrices[{index}] has strides {matrix.stride()} on {matrix.device}; expected a contiguous "
-                f"matrix on the device of largest, {largest.device}"
-            )
-        total += shape[0]
-    for name, tensor, count in (("vectors", vectors, total), ("largest", largest, len(matrices))):
-        fits = tensor.shape == (count,) and tensor.dtype == torch.float32 and tensor.is_contiguous()
-        if not fits or tensor.device != largest.device:
-            raise UserError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; expected "
-                f"contiguous torch.float32 of shape ({count},) on {largest.device}"
+                f"matrix on the device of largest, {where}"
             )

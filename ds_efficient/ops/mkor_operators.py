@@ -1,4 +1,7 @@
-"""Operator ``torch.ops.ds_efficient.mkor_update_``; `ds_efficient.ops.mkor` checks arguments and calls it."""
+"""Operators ``mkor_update_`` and ``mkor_rescale_`` of ``torch.ops.ds_efficient``.
+
+`ds_efficient.ops.mkor` and `ds_efficient.ops.mkor_precondition` check arguments and call them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ds_efficient.errors import OpBuildError
 from ds_efficient.ops import mkor_reference as reference
 from ds_efficient.ops.mkor_native import CudaLibrary, Library
 
@@ -43,8 +47,37 @@ def _update_fake(
     return largest.new_empty(len(matrices), dtype=torch.int32)
 
 
+def rescale_(
+    gradients: Sequence[Tensor],
+    products: Sequence[Tensor],
+    counts: Sequence[int],
+    subtract: bool,
+    backend: str,
+) -> Tensor:
+    """Run `ds_efficient.ops.mkor_precondition.rescale_`, arguments checked."""
+    device = gradients[0].device
+    if device.type != "cuda":
+        if backend == "native":
+            raise OpBuildError('mkor: the rescaling has compiled code for CUDA only; use backend="auto"')
+        return reference.rescale_(gradients, products, counts, subtract)
+    library = CudaLibrary.for_device(device, backend)
+    if library is None:
+        return reference.rescale_(gradients, products, counts, subtract)
+    return library.rescale(gradients, products, counts, subtract)
+
+
+def _rescale_fake(
+    gradients: Sequence[Tensor],
+    products: Sequence[Tensor],
+    counts: Sequence[int],
+    subtract: bool,
+    backend: str,
+) -> Tensor:
+    return gradients[0].new_empty(len(counts), 3, dtype=torch.float64)
+
+
 def _register() -> torch.library.Library:
-    """Define the operator; `torch.library.custom_op` would add 50 microseconds to each call."""
+    """Define the operators; `torch.library.custom_op` would add 50 microseconds to each call."""
     library = torch.library.Library("ds_efficient", "FRAGMENT")
     library.define(
         "mkor_update_(Tensor(a!)[] matrices, Tensor vectors, Tensor(b!) largest, float gamma, "
@@ -53,8 +86,15 @@ def _register() -> torch.library.Library:
     )
     library.impl("mkor_update_", update_, "CompositeExplicitAutograd")
     torch.library.register_fake("ds_efficient::mkor_update_", _update_fake, lib=library)
+    library.define(
+        "mkor_rescale_(Tensor(a!)[] gradients, Tensor[] products, int[] counts, bool subtract, "
+        "str backend) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    library.impl("mkor_rescale_", rescale_, "CompositeExplicitAutograd")
+    torch.library.register_fake("ds_efficient::mkor_rescale_", _rescale_fake, lib=library)
     return library
 
 
 LIBRARY = _register()
-"""The operator exists as long as this object."""
+"""The operators exist as long as this object."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_efficient.errors import UserError
+from ds_efficient.report import compression
 from ds_efficient.report.runlog import Run
 from ds_efficient.report.summary import Curve, curve, eval_curve, steady
 
@@ -165,8 +166,20 @@ def throughput_figure(runs: Sequence[Run], names: Sequence[str]) -> Any:
     return figure
 
 
+def compression_figure(run: Run, name: str) -> Any:
+    """Return the figure of what a run's gradients were sent as."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, compression.height(run)))
+    FigureCanvasAgg(figure)
+    compression.draw_compression(figure, run)
+    figure.suptitle(name)
+    return figure
+
+
 def write_figures(runs: Sequence[Run], names: Sequence[str], folder: Path) -> list[Path]:
-    """Write ``loss.png`` and ``throughput.png``; return their paths.
+    """Write ``loss.png``, ``throughput.png`` and of compressed runs ``compression*.png``; return their paths.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -178,4 +191,9 @@ def write_figures(runs: Sequence[Run], names: Sequence[str], folder: Path) -> li
             path = folder / name
             make(runs, names).savefig(path)
             written.append(path)
+        for index, run in enumerate(runs):
+            if compression.compressed(run):
+                path = folder / f"compression{f'_{index + 1}' if len(runs) > 1 else ''}.png"
+                compression_figure(run, names[index]).savefig(path)
+                written.append(path)
     return written

@@ -27,7 +27,7 @@ def write_report(
     *,
     figures: bool = True,
 ) -> tuple[list[Run], list[str], list[Path]]:
-    """Read runs and write ``report.md``, ``loss.png``, ``throughput.png`` and one CSV a run.
+    """Read runs and write ``report.md``, one CSV a run, and the figures of `write_figures`.
 
     Args:
         paths: folders that hold a run.jsonl, or such files.

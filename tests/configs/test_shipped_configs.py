@@ -50,6 +50,9 @@ def test_the_files_that_the_documentation_names_are_there():
         "slope",
         "rmm",
         "random_ltd",
+        "mkor",
+        "mkor_h",
+        "lgreco",
     }
 
 
@@ -62,7 +65,7 @@ def test_one_key_of_the_quickstart_switches_slope_on():
     assert config.warnings == []
 
 
-@pytest.mark.parametrize("name", ["slope", "rmm", "random_ltd"])
+@pytest.mark.parametrize("name", ["slope", "rmm", "random_ltd", "mkor", "lgreco"])
 def test_the_file_of_a_technique_has_it_alone_switched_on(name):
     assert [row.name for row in load_config(ROOT / "ds_configs" / f"{name}.json").enabled()] == [name]
 

@@ -27,7 +27,11 @@ inline Index threadIdx, blockIdx, gridDim;
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaMemcpyDeviceToDevice = 3 };
-enum Attribute { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum Attribute {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor
+};
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct alignas(8) uint2 {
@@ -211,6 +215,34 @@ Launch<Kernel> launch(Kernel function, unsigned blocks, unsigned threads, size_t
 }  // namespace host
 
 inline void __syncthreads() { host::wait_at(host::kAtBlockBarrier); }
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned count) : x(count) {}
+};
+enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+// One kernel after the other, also where a launch may begin early.
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  host::launch(kernel, config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, config->stream)(arguments...);
+  return cudaSuccess;
+}
 
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   host::fibers[threadIdx.x].predicate = predicate;

@@ -1,6 +1,7 @@
 """Rank-1 updates on a GPU: as exact as plain torch, guards, no wait for the device.
 
-``-k small`` selects a subset that is quick under compute-sanitizer.
+``-k small`` selects a subset that is quick under compute-sanitizer: few blocks, and everything but the
+kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from mkor_factors import DTYPES, Factors
 
 from ds_efficient.ops import mkor
-from ds_efficient.ops.mkor_native import GROUP
+from ds_efficient.ops.mkor_native import GROUP, CudaLibrary
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,34 +38,52 @@ def run(factors: Factors) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tenso
     return matrices, largest, outcome
 
 
-@every_dtype
-def test_small_odd_sizes(dtype):
-    factors = draw([1, 2, 3, 31, 64, 127, 128, 129, 130, 260, 388], dtype, entry=(0.5, 2.9, 3.1, 50.0))
-    factors.check(*run(factors), RULE)
-
-
-@every_dtype
-def test_small_matrices_at_odd_addresses(dtype):
-    factors = draw([132, 64], dtype)
-    buffers = [
-        torch.full((matrix.numel() + 64,), 77, dtype=dtype, device="cuda") for matrix in factors.matrices
+def run_small(
+    sizes: list[int], dtype: torch.dtype, *, offset: int = 0, bad: int | None = None
+) -> tuple[Factors, list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Draw and compare on the CPU; only copies and the kernels run on the GPU."""
+    factors = Factors.draw(sizes, dtype, 1, entry=(0.5, 2.9, 3.1, 50.0))
+    if bad is not None:
+        factors.vectors[bad] = math.nan
+    buffers = []
+    for matrix in factors.matrices:
+        buffer = torch.full((matrix.numel() + 2 * offset,), 77, dtype=dtype)
+        buffer[offset : offset + matrix.numel()] = matrix.flatten()
+        buffers.append(buffer.cuda())
+    held = [
+        buffer[offset : offset + matrix.numel()].view_as(matrix)
+        for buffer, matrix in zip(buffers, factors.matrices, strict=True)
     ]
-    for offset in (1, 2, 3):
-        held = []
-        for buffer, matrix in zip(buffers, factors.matrices, strict=True):
-            buffer.fill_(77)
-            held.append(buffer[offset : offset + matrix.numel()].view_as(matrix).copy_(matrix))
-        largest = factors.largest.clone()
-        gamma, threshold, zeta = RULE
-        outcome = mkor.update_(held, factors.vectors, largest, gamma=gamma, threshold=threshold, zeta=zeta)
-        factors.check(held, largest, outcome, RULE)
-        for buffer, matrix in zip(buffers, factors.matrices, strict=True):
-            assert (buffer[:offset] == 77).all() and (buffer[offset + matrix.numel() :] == 77).all()
+    largest = factors.largest.cuda()
+    gamma, threshold, zeta = RULE
+    outcome = mkor.update_(
+        held, factors.vectors.cuda(), largest, gamma=gamma, threshold=threshold, zeta=zeta, backend="native"
+    )
+    made = []
+    for buffer, matrix in zip(buffers, factors.matrices, strict=True):
+        here = buffer.cpu()
+        assert (here[:offset] == 77).all() and (here[offset + matrix.numel() :] == 77).all()
+        made.append(here[offset : offset + matrix.numel()].view_as(matrix))
+    return factors, made, largest.cpu(), outcome.cpu()
+
+
+@every_dtype
+@pytest.mark.parametrize("offset", (0, 3))
+def test_small_odd_sizes_and_addresses(dtype, offset):
+    factors, made, largest, outcome = run_small([3, 136, 131], dtype, offset=offset)
+    factors.check(made, largest, outcome, RULE)
+
+
+def test_small_three_launches_and_a_bad_vector(monkeypatch):
+    monkeypatch.setattr(CudaLibrary, "LIMITS", (0,))
+    factors, made, largest, outcome = run_small([130, 5, 260], torch.float32, bad=132)
+    assert outcome[1] == mkor.LEFT and torch.equal(made[1], factors.matrices[1])
+    factors.check(made, largest, outcome, RULE, left=(1,))
 
 
 @every_dtype
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
-def test_small_bad_vectors_leave_their_factors_alone(dtype, bad):
+def test_bad_vectors_leave_their_factors_alone(dtype, bad):
     factors = draw([140, 20, 300], dtype)
     factors.vectors[150] = bad
     matrices, largest, outcome = run(factors)
@@ -73,13 +92,21 @@ def test_small_bad_vectors_leave_their_factors_alone(dtype, bad):
     factors.check(matrices, largest, outcome, RULE, left=(1,))
 
 
-def test_small_more_factors_than_one_launch_takes():
+def test_indefinite_matrices_start_again_from_the_identity():
+    factors = draw([300, 20], torch.bfloat16)
+    factors.matrices[0].neg_()
+    matrices, largest, outcome = run(factors)
+    assert outcome.tolist() == [mkor.RESET, mkor.UPDATED] and largest[0] == 1
+    assert torch.equal(matrices[0], torch.eye(300, device="cuda").bfloat16())
+
+
+def test_more_factors_than_one_launch_takes():
     factors = draw([5 + i % 7 for i in range(2 * GROUP + 3)], torch.float32)
     factors.check(*run(factors), RULE)
 
 
 @every_dtype
-@pytest.mark.parametrize("size", (1024, 3000, 4097, 8192))
+@pytest.mark.parametrize("size", (1024, 3000, 4096, 4097, 8192))
 def test_large_factors(dtype, size):
     factors = draw([size], dtype, entry=(50.0,))
     factors.check(*run(factors), RULE)

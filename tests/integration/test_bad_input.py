@@ -45,7 +45,10 @@ CONFIG = {
     "automatic value": Mistake(
         ("train_micro_batch_size_per_gpu", "auto"), config={"train_micro_batch_size_per_gpu": "auto"}
     ),
-    "technique that is not there": Mistake(("mkor", "enabled"), config={"mkor": {"enabled": True}}),
+    "inverse factors that would grow": Mistake(
+        ("mkor.stabilizer", "zeta = 0.99", "gamma = 0.95"),
+        config={"mkor": {"enabled": True, "stabilizer": {"zeta": 0.99}}},
+    ),
     "missing": Mistake(("missing.json", "no such file"), "--deepspeed_config {folder}/missing.json"),
     "not JSON": Mistake(("broken.json", "not valid JSON"), "--deepspeed_config {folder}/broken.json"),
     "micro-batch of zero": Mistake(

@@ -77,11 +77,16 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.model(ids)
 
+    def backward(self, ids: Tensor) -> Tensor:
+        """Leave the gradient of a batch in the parameters; returns its loss."""
+        loss = self.loss(ids)
+        loss.backward()
+        return loss
+
     def step(self, step: int) -> Tensor:
         """Train one step; returns its loss."""
         self.before_step(step)
-        loss = self.loss(self.text.batch(self.order, step))
-        loss.backward()
+        loss = self.backward(self.text.batch(self.order, step))
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)

@@ -47,6 +47,7 @@ class Case:
 
 SLOPE = {"slope": {"enabled": True}}
 RMM = {"rmm": {"enabled": True}}
+MKOR = {"mkor": {"enabled": True, "form": "factored", "max_rank": 128}}
 CASES = {
     "354m-plain": Case("354m", 8, False, NO_FUSION),
     "354m-fused": Case("354m", 8, True),
@@ -67,7 +68,11 @@ CASES = {
     "1.3b-fused-16": Case("1.3b", 16, True),
     "1.3b-rmm": Case("1.3b", 8, True, sections=RMM),
     "1.3b-rmm-16": Case("1.3b", 16, True, sections=RMM),
+    "1.3b-mkor": Case("1.3b", 8, True, sections=MKOR),
+    "1.3b-mkor-right": Case("1.3b", 8, True, sections={"mkor": {**MKOR["mkor"], "sides": "right"}}),
+    "1.3b-mkor-dense": Case("1.3b", 8, True, sections={"mkor": {"enabled": True}}),
     "tiny": Case("tiny", 2, False),
+    "tiny-mkor": Case("tiny", 2, False, sections={"mkor": {**MKOR["mkor"], "max_rank": 4}}),
     "tiny-rmm": Case("tiny", 2, False, sections=RMM),
     "tiny-slope": Case("tiny", 2, False, sections=SLOPE),
 }

@@ -26,6 +26,8 @@ LTD = {"random_ltd_schedule": {"schedule_config": {"require_steps": 10}}}
 
 # (section, data, path of the problem, part of its text); one line or more for every rule.
 BROKEN = [
+    ("mkor", {"gamma": 0.9}, "stabilizer", "zeta = 0.9 is not below gamma = 0.9"),
+    ("mkor", {"form": "factored", "state_dtype": "bf16"}, "state_dtype", 'use "fp32"'),
     (
         "slope",
         {"adapter": {"start_step": 5, "last_fraction": 0.1}},
@@ -55,7 +57,7 @@ BROKEN = [
     ("lgreco", {"default": 4, "range": [8, 64]}, "default", "4 is outside range [8, 64]"),
     ("lgreco", {"range": [8, 16]}, "default", "32 is outside range [8, 16]"),
     ("lgreco", {"default": 8.5}, "default", "8.5 is not a rank"),
-    ("lgreco", {"compressor": "qsgd", "default": 16}, "default", "16 is too many bits"),
+    ("lgreco", {"compressor": "qsgd", "default": 16}, "default", "16 bits do not exist"),
     ("lgreco", {"compressor": "topk", "default": 32}, "default", "32 is not a density"),
     ("lgreco", {"accordion": {"enabled": True, "low": 8, "high": 16}}, "accordion", "must be larger than"),
     ("lgreco", {"accordion": {"enabled": True, "low": 65}}, "accordion", "low = 65 is outside range [8, 64]"),
@@ -130,6 +132,7 @@ WARNED = [
     ),
     ("mkor", {"enabled": True, "gamma": 1}, "x.gamma: 1 gives new statistics no weight"),
     ("mkor", {"hybrid": {"enabled": True, "ema": 300}}, "x.hybrid.min_steps: 200 is shorter than"),
+    ("mkor", {"enabled": True, "max_rank": 8}, 'x.max_rank: has no effect with form "dense"'),
 ]
 
 
@@ -231,7 +234,7 @@ def test_other_layer_texts_are_refused(text):
 def test_left_out_settings_of_lgreco_suit_the_compressor():
     assert (LgrecoConfig().default, LgrecoConfig().range) == (32, (8, 64))
     qsgd = LgrecoConfig(compressor="qsgd")
-    assert (qsgd.default, qsgd.range) == (4, (1, 8))
+    assert (qsgd.default, qsgd.range) == (4, (2, 8))
     topk = LgrecoConfig(compressor="topk")
     assert topk.default == 0.01 and topk.range == pytest.approx((0.001, 0.1))
     assert LgrecoConfig(default=16).range == (4, 32)
@@ -279,7 +282,7 @@ def some(required=None, **optional):
 def lgreco_of(compressor):
     setting = {
         "topk": st.floats(1e-4, 1.0),
-        "qsgd": st.integers(1, 8),
+        "qsgd": st.integers(2, 8),
     }.get(compressor, st.integers(1, 512))
 
     def finish(three):
@@ -324,17 +327,25 @@ STRATEGIES = {
         exclude=names(),
         variance_interval=st.integers(0, 99),
     ),
-    "mkor": some(
-        enabled=st.booleans(),
-        gamma=st.floats(0.01, 1.0),
-        inversion_interval=COUNTS,
-        stabilizer=some(threshold=st.floats(0.1, 1e6), zeta=st.floats(0, 0.99)),
-        sides=st.sampled_from(["both", "left", "right"]),
-        form=st.sampled_from(["dense", "factored"]),
-        max_rank=COUNTS,
-        state_dtype=st.sampled_from(["fp32", "bf16", "fp16"]),
-        exclude=names(),
-        hybrid=some(enabled=st.booleans(), beta=OPEN, ema=COUNTS, min_steps=COUNTS),
+    "mkor": st.sampled_from([("dense", "fp32"), ("dense", "bf16"), ("dense", "fp16"), ("factored", "fp32")])
+    .map(lambda pair: {"form": pair[0], "state_dtype": pair[1]})
+    .flatmap(
+        lambda form: some(
+            {
+                "gamma": st.floats(0.6, 1.0),
+                "stabilizer": some({"zeta": st.floats(0, 0.5)}, threshold=st.floats(0.1, 1e6)),
+                **{key: st.just(value) for key, value in form.items()},
+            },
+            enabled=st.booleans(),
+            inversion_interval=COUNTS,
+            warmup_steps=COUNTS,
+            sides=st.sampled_from(["both", "left", "right"]),
+            max_rank=COUNTS,
+            comm_dtype=st.sampled_from(["fp32", "bf16", "fp16"]),
+            tensor_parallel=st.sampled_from(["exact", "block"]),
+            exclude=names(),
+            hybrid=some(enabled=st.booleans(), beta=OPEN, ema=COUNTS, min_steps=COUNTS),
+        )
     ),
     "lgreco": st.sampled_from(["powersgd", "qsgd", "topk", "mixed"]).flatmap(lgreco_of),
     "random_ltd": some(

@@ -14,7 +14,6 @@
 namespace {
 
 using namespace ds_efficient;
-using mkor::Bfloat16;
 
 constexpr int64_t kGrain = 1 << 17;  // fewer elements than this are not worth a thread
 constexpr int kLanes = 32, kRun = 512;
@@ -86,9 +85,13 @@ void update(const std::vector<Factor>& factors, const mkor::Rule& rule, float* l
   const auto most = std::make_unique<std::atomic<int32_t>[]>(factors.size());
   for (size_t f = 0; f < factors.size(); ++f) {
     const Factor& factor = factors[f];
-    double q = 0.0;
-    for (int64_t i = 0; i < factor.size; ++i) q += static_cast<double>(factor.u[i]) * static_cast<double>(factor.v[i]);
-    steps[f] = mkor::decide(rule, largest[f], q);
+    double q = 0.0, square = 0.0;
+    for (int64_t i = 0; i < factor.size; ++i) {
+      const double v = static_cast<double>(factor.v[i]);
+      q += static_cast<double>(factor.u[i]) * v;
+      square += v * v;
+    }
+    steps[f] = mkor::decide(rule, mkor::limits_of<T>(), largest[f], q, square);
     for (int64_t i = 0; i < factor.size; ++i) factor.u[i] = static_cast<float>(steps[f].factor * factor.u[i]);
     outcome[f] = steps[f].outcome;
     most[f] = 0;
@@ -118,7 +121,7 @@ int ds_efficient_mkor_version() { return DS_EFFICIENT_MKOR_VERSION; }
 int ds_efficient_mkor_update(void* const* matrices, const int64_t* sizes, int64_t count, const float* vectors,
                              float* largest, int32_t* outcome, double gamma, double threshold, double zeta, int dtype,
                              int threads) {
-  if (dtype != mkor::kFloat32 && dtype != mkor::kBfloat16) return 1;
+  if (dtype < mkor::kFloat32 || dtype > mkor::kFloat16) return 1;
   if (count == 0) return 0;
   try {
     std::vector<Factor> factors(static_cast<size_t>(count));
@@ -134,8 +137,10 @@ int ds_efficient_mkor_update(void* const* matrices, const int64_t* sizes, int64_
     const mkor::Rule rule{gamma, threshold, zeta};
     if (dtype == mkor::kFloat32) {
       update<float>(factors, rule, largest, outcome, threads);
+    } else if (dtype == mkor::kBfloat16) {
+      update<mkor::Bfloat16>(factors, rule, largest, outcome, threads);
     } else {
-      update<Bfloat16>(factors, rule, largest, outcome, threads);
+      update<mkor::Float16>(factors, rule, largest, outcome, threads);
     }
   } catch (const std::bad_alloc&) {
     return 2;
