@@ -3,8 +3,9 @@
 Each has ``compress(tensor, ...) -> payload``, ``decompress(payload, shape, ...) -> tensor`` and
 ``nbytes(shape)``. A payload is one flat uint8 tensor of exactly ``nbytes(shape, dtype)`` bytes, the same on
 every device for the same input, so that payloads of several tensors share a buffer; ranks gather each
-other's and add them up with ``decompress(..., out=total, weight=1 / ranks, accumulate=True)``. Low rank,
-whose factors are all-reduced instead, is in `ds_efficient.lgreco.powersgd`; what is lost is fed back by
+other's and add them up: ``decompress(rows, ..., weight=1 / ranks)`` with the payloads as rows (ranks, bytes)
+adds in the order of the rows; one by one with ``out=total, accumulate=True``. Low rank, whose factors are
+all-reduced instead, is in `ds_efficient.lgreco.powersgd`; what is lost is fed back by
 `ds_efficient.lgreco.feedback`. Source: L-GreCo, arXiv 2210.17357; QSGD, arXiv 1610.02132.
 
 Numbers that are not finite: raw sends them as they are; quantisation makes NaN of their whole bucket; of the
@@ -25,12 +26,11 @@ from torch import Tensor
 from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
 from ds_efficient.ops import lgreco_quantize as quantize
+from ds_efficient.ops import lgreco_topk as topk
+from ds_efficient.ops.lgreco_topk_reference import numbers
 
 DTYPES = quantize.DTYPES
 SMALLEST = 1024  # elements: fewer are sent raw
-_INT32_LIMIT = 2**31
-_SAMPLED_FROM = 1 << 16  # elements from which a sample is worth its cost
-_SAMPLES = 1 << 13
 
 
 class Compressor(Protocol):
@@ -90,10 +90,10 @@ class Raw:
             UserError: payload, ``out`` and shape do not go together.
         """
         sent = dtype if sent is None else sent
-        _check_payload(payload, self.nbytes(shape, sent))
+        rows = _check_payload(payload, self.nbytes(shape, sent))
         out, accumulate = result_tensor(out, shape, dtype, payload.device, accumulate)
-        value = _from_bytes(payload, sent).view(out.shape).to(torch.float32) * weight
-        return out.copy_(value + out.to(torch.float32) if accumulate else value)
+        values = [numbers(row, sent).view(out.shape).to(torch.float32) * weight for row in rows]
+        return out.copy_(sum(values, out.to(torch.float32)) if accumulate else sum(values[1:], values[0]))
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Elements times their size."""
@@ -118,19 +118,35 @@ class QSGD:
     def __post_init__(self) -> None:
         quantize.check_setting(self.bits, self.bucket)
 
-    def compress(self, tensor: Tensor, key: Key | int = 0, *, backend: str = "auto") -> Tensor:
+    def compress(
+        self,
+        tensor: Tensor,
+        key: Key | int = 0,
+        *,
+        error: Tensor | None = None,
+        unscale: float = 1.0,
+        new_error: Tensor | None = None,
+        out: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
         """Payload: 8 bytes a bucket, then the packed codes (``csrc/lgreco/quantize_common.h``).
 
         Args:
             tensor: float32, bfloat16 or float16, any strides.
             key: of the rounding; fold step, layer and rank into it, so that errors are independent.
+            error, unscale, new_error: error feedback in the same pass; see
+                `ds_efficient.ops.lgreco_quantize.quantize`.
+            out: uint8 of the payload's size, to write it to.
             backend: see `ds_efficient.ops.lgreco_quantize`.
 
         Raises:
             UserError: an argument does not fit.
             OpBuildError: the compiled code cannot be built.
         """
-        return quantize.quantize(tensor, key, self.bits, self.bucket, backend=backend)
+        return quantize.quantize(
+            tensor, key, self.bits, self.bucket, error=error, unscale=unscale, new_error=new_error, out=out,
+            backend=backend,
+        )  # fmt: skip
 
     def decompress(
         self,
@@ -143,7 +159,7 @@ class QSGD:
         accumulate: bool = False,
         backend: str = "auto",
     ) -> Tensor:
-        """Result in ``dtype`` or in ``out``: one pass over the payload, one rounding.
+        """Result in ``dtype`` or in ``out``; of a payload (ranks, bytes) the sum over its rows, in one pass.
 
         Raises:
             UserError: payload, ``out`` and shape do not go together.
@@ -164,9 +180,8 @@ class TopK:
     """The largest entries by magnitude and their indices; needs error feedback.
 
     Exact: kept are the k = ceil(density * n) largest; of equal magnitudes the lowest indices, on every
-    device. From 65536 elements on, the k-th largest is first bounded from below by a sample of every
-    n / 8192-th element, and only what is above the bound is searched. That costs time where the sample
-    misleads, and never changes the result.
+    device. From 65536 elements on, the k-th largest is first bounded from below by a sample, and only what is
+    above the bound is searched. That costs time where the sample misleads, and never changes the result.
 
     Args:
         density: share of the entries, 0 < density <= 1, taken as the decimal number it is printed as.
@@ -185,16 +200,36 @@ class TopK:
         """Entries that are sent, k."""
         return math.ceil(Fraction(str(self.density)) * math.prod(shape))
 
-    def compress(self, tensor: Tensor, key: Key | int = 0) -> Tensor:
+    def compress(
+        self,
+        tensor: Tensor,
+        key: Key | int = 0,
+        *,
+        error: Tensor | None = None,
+        unscale: float = 1.0,
+        new_error: Tensor | None = None,
+        out: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
         """Payload: k indices ascending (int32; int64 from 2^31 elements on), then k values in the dtype.
 
+        Args:
+            tensor: float32, bfloat16 or float16, any strides.
+            key: not used.
+            error, unscale, new_error: error feedback in the same pass, and float32 values; see
+                `ds_efficient.ops.lgreco_topk.select`.
+            out: uint8 of the payload's size, to write it to.
+            backend: see `ds_efficient.ops.lgreco_topk`.
+
         Raises:
-            UserError: ``tensor`` is not float32, bfloat16 or float16.
+            UserError: an argument does not fit.
+            OpBuildError: the compiled code cannot be built.
         """
         check_dtype(tensor.dtype)
-        flat = tensor.detach().reshape(-1)
-        index = _largest(flat, self.kept(tensor.shape))
-        return torch.cat((_as_bytes(index.to(_index_dtype(flat.numel()))), _as_bytes(flat[index])))
+        return topk.select(
+            tensor, self.kept(tensor.shape), error=error, unscale=unscale, new_error=new_error, out=out,
+            backend=backend,
+        )  # fmt: skip
 
     def decompress(
         self,
@@ -206,6 +241,7 @@ class TopK:
         weight: float = 1.0,
         accumulate: bool = False,
         sent: torch.dtype | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """Result in ``dtype`` or in ``out``; ``sent`` is the dtype that was compressed, by default ``dtype``.
 
@@ -213,69 +249,21 @@ class TopK:
             UserError: payload, ``out`` and shape do not go together.
         """
         sent = dtype if sent is None else sent
-        _check_payload(payload, self.nbytes(shape, sent))
+        rows = _check_payload(payload, self.nbytes(shape, sent))
         out, accumulate = result_tensor(out, shape, dtype, payload.device, accumulate)
-        split = self.kept(shape) * _index_dtype(out.numel()).itemsize
-        index = _from_bytes(payload[:split], _index_dtype(out.numel())).to(torch.int64)
-        value = _from_bytes(payload[split:], sent).to(torch.float32) * weight
-        flat = out.view(-1)
-        if accumulate:
-            value += flat[index].to(torch.float32)
-        else:
-            flat.zero_()
-        flat[index] = value.to(flat.dtype)
+        if not accumulate:
+            out.zero_()
+        for row in rows:
+            topk.scatter_(out, row, self.kept(shape), sent, weight=weight, accumulate=True, backend=backend)
         return out
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """k * (size of an index + size of a value)."""
-        return self.kept(shape) * (_index_dtype(math.prod(shape)).itemsize + dtype.itemsize)
-
-
-def _largest(x: Tensor, k: int) -> Tensor:
-    """Ascending indices of the k largest magnitudes of a flat tensor; of equal ones the lowest indices."""
-    magnitude = x.abs()
-    magnitude = torch.where(torch.isnan(magnitude), torch.inf, magnitude)
-    candidates = _candidates(magnitude, k)
-    if candidates is not None:
-        return candidates[_largest_of(magnitude[candidates], k)]
-    return _largest_of(magnitude, k)
-
-
-def _candidates(magnitude: Tensor, k: int) -> Tensor | None:
-    """Ascending indices of a superset of the k largest, or None where a sample does not find a small one."""
-    n = magnitude.numel()
-    if n < _SAMPLED_FROM or 4 * k > n:
-        return None
-    sample = magnitude[:: n // _SAMPLES]
-    expected = sample.numel() * k / n
-    rank = math.ceil(expected + 4 * math.sqrt(expected) + 4)
-    bound = torch.topk(sample, min(rank, sample.numel())).values[-1]
-    found = (magnitude >= bound).nonzero().view(-1)
-    return found if found.numel() >= k else None
-
-
-def _largest_of(magnitude: Tensor, k: int) -> Tensor:
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=magnitude.device)
-    threshold = torch.topk(magnitude, k, sorted=False).values.amin()
-    above = (magnitude > threshold).nonzero().view(-1)
-    equal = (magnitude == threshold).nonzero().view(-1)[: k - above.numel()]
-    return torch.cat((above, equal)).sort().values
-
-
-def _index_dtype(count: int) -> torch.dtype:
-    return torch.int32 if count <= _INT32_LIMIT else torch.int64
+        return topk.payload_bytes(math.prod(shape), self.kept(shape), dtype)
 
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(torch.uint8)
-
-
-def _from_bytes(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers, copied where the address does not suit them."""
-    if payload.storage_offset() % dtype.itemsize or not payload.is_contiguous():
-        payload = payload.clone()
-    return payload.view(dtype)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -284,12 +272,15 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise UserError(f"a gradient of {dtype} cannot be compressed; allowed: {', '.join(map(str, DTYPES))}")
 
 
-def _check_payload(payload: Tensor, size: int) -> None:
-    if payload.dtype != torch.uint8 or payload.shape != (size,):
+def _check_payload(payload: Tensor, size: int) -> Tensor:
+    """The payloads as rows."""
+    rows = payload if payload.dim() == 2 else payload[None]
+    if payload.dtype != torch.uint8 or rows.shape[1:] != (size,) or not len(rows):
         raise UserError(
             f"payload is {payload.dtype} of shape {tuple(payload.shape)}; "
-            f"expected torch.uint8 of shape ({size},)"
+            f"expected torch.uint8 of shape ({size},), or (ranks, {size})"
         )
+    return rows
 
 
 def result_tensor(

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ds_efficient.config.base import Section, TechniqueSection, rule
 from ds_efficient.config.fields import Count, Natural, Number, NumberRange, integral
 
-MAX_BITS = 8
+MIN_BITS, MAX_BITS = 2, 8
 _UNITS = {"powersgd": "rank", "mixed": "rank", "qsgd": "number of bits", "topk": "density"}
 _DEFAULTS: dict[str, float] = {"powersgd": 32, "mixed": 32, "qsgd": 4, "topk": 0.01}
 
@@ -50,7 +50,7 @@ def default_is_in_range(lgreco: LgrecoConfig) -> str | None:
 
 @rule("default", "range", "compressor")
 def values_suit_the_compressor(lgreco: LgrecoConfig) -> str | None:
-    """default and range suit the compressor: ranks and bits are integers, bits <= 8, densities <= 1."""
+    """default and range suit the compressor: ranks and bits are integers, bits 2 to 8, densities <= 1."""
     for value in (lgreco.default, *lgreco.range):
         if lgreco.compressor == "topk":
             if value > 1:
@@ -60,8 +60,11 @@ def values_suit_the_compressor(lgreco: LgrecoConfig) -> str | None:
                 f'{value} is not a {_UNITS[lgreco.compressor]}: with compressor "{lgreco.compressor}" '
                 "default and range are integers"
             )
-        elif lgreco.compressor == "qsgd" and value > MAX_BITS:
-            return f'{value} is too many bits: with compressor "qsgd" default and range go up to {MAX_BITS}'
+        elif lgreco.compressor == "qsgd" and not MIN_BITS <= value <= MAX_BITS:
+            return (
+                f'{value} bits do not exist: with compressor "qsgd" default and range are from {MIN_BITS} to '
+                f"{MAX_BITS}"
+            )
     return None
 
 
@@ -137,5 +140,6 @@ def _range_around(compressor: str, default: float) -> list[float]:
     if compressor == "topk":
         return [default / 10, max(default, min(1.0, 10 * default))]
     high = min(2 * default, MAX_BITS) if compressor == "qsgd" else 2 * default
+    least = MIN_BITS if compressor == "qsgd" else 1
     # Never narrower than the default itself, so that only the default can be at fault.
-    return [min(default, max(1, integral(default // 4))), max(default, integral(high))]
+    return [min(default, max(least, integral(default // 4))), max(default, integral(high))]

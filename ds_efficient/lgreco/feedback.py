@@ -7,13 +7,15 @@ was sent is then the sum of the gradients less the last error (it telescopes): K
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
+from ds_efficient.lgreco.compressors import QSGD, TopK
 
 ErrorKind = Literal["l2", "l2_squared"]
 
@@ -22,15 +24,21 @@ class ErrorFeedback:
     """The errors of one rank, by name of the tensor, float32, in the units of unscaled gradients.
 
     A step: ``corrected`` before compression; ``record`` after it; then ``commit``, or ``rollback`` where the
-    step is not taken (gradient overflow), which leaves the errors as they were.
+    step is not taken (gradient overflow), which leaves the errors as they were. Until then both are held.
+
+    Args:
+        immediate: replace an error at once, so that one is held and nothing can be rolled back: for training
+            in which no step is left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, immediate: bool = False) -> None:
+        self._immediate = immediate
         self._errors: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
+        self._released: set[str] = set()
 
     def corrected(self, name: str, gradient: Tensor, *, unscale: float = 1.0) -> Tensor:
-        """``unscale`` * gradient + error, float32, in new memory.
+        """``unscale`` * gradient + error, float32; in new memory, or where ``immediate`` in the error's.
 
         Args:
             name: of the tensor.
@@ -40,15 +48,16 @@ class ErrorFeedback:
         Raises:
             UserError: the shape is not that of the error.
         """
-        total = gradient.detach().to(torch.float32, copy=True).mul_(unscale)
-        error = self._errors.get(name)
+        gradient, error = gradient.detach(), self._errors.get(name)
         if error is None:
-            return total
-        if error.shape != total.shape:
+            return gradient.to(torch.float32, copy=True).mul_(unscale)
+        if error.shape != gradient.shape:
             raise UserError(
-                f"the error of {name!r} has shape {tuple(error.shape)}, its gradient {tuple(total.shape)}"
+                f"the error of {name!r} has shape {tuple(error.shape)}, its gradient {tuple(gradient.shape)}"
             )
-        return total.add_(error)
+        if self._immediate:
+            return error.add_(gradient, alpha=unscale)
+        return torch.add(error, gradient, alpha=unscale)
 
     def record(self, name: str, corrected: Tensor, sent: Tensor) -> None:
         """Note the error ``corrected`` - ``sent`` of this step; overwrites ``corrected`` with it.
@@ -58,16 +67,81 @@ class ErrorFeedback:
             corrected: result of `corrected`.
             sent: what the other ranks make of this rank's payload, the same shape.
         """
-        self._pending[name] = corrected.sub_(sent)
+        (self._errors if self._immediate else self._pending)[name] = corrected.sub_(sent)
+
+    def compress(
+        self,
+        name: str,
+        gradient: Tensor,
+        compressor: QSGD | TopK,
+        key: Key | int = 0,
+        *,
+        unscale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Payload of ``unscale`` * gradient + error, its error noted: `corrected` and `record` in one pass.
+
+        Args:
+            name: of the tensor.
+            gradient: contiguous or not, the same shape in every step.
+            compressor: the payload is its; of `TopK` with float32 values.
+            key: of the rounding.
+            unscale: 1 / loss scale where the gradient is scaled.
+            out: uint8 of the payload's size, to write it to.
+
+        Raises:
+            UserError: the shape is not that of the error, or another argument does not fit.
+            OpBuildError: the compiled code cannot be built.
+        """
+        error = self._errors.get(name)
+        if self._immediate and error is not None:
+            new_error = error
+        else:
+            new_error = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
+        if error is not None and error.shape != gradient.shape:
+            raise UserError(
+                f"the error of {name!r} has shape {tuple(error.shape)}, its gradient {tuple(gradient.shape)}"
+            )
+        payload = compressor.compress(
+            gradient, key, error=error, unscale=unscale, new_error=new_error, out=out
+        )
+        (self._errors if self._immediate else self._pending)[name] = new_error
+        return payload
 
     def commit(self) -> None:
         """Take the errors noted since the last commit."""
         self._errors.update(self._pending)
-        self._pending.clear()
+        for name in self._released:
+            self._errors.pop(name, None)
+        self.rollback()
 
     def rollback(self) -> None:
         """Forget the errors noted since the last commit."""
         self._pending.clear()
+        self._released.clear()
+
+    def release(self, name: str, gradient: Tensor, *, scale: float = 1.0) -> None:
+        """Add what is left of a tensor's error to its gradient, in place: it goes without feedback now.
+
+        Args:
+            name: of the tensor.
+            gradient: ``scale`` times the unscaled one, of any floating dtype.
+            scale: loss scale.
+        """
+        error = self._errors.get(name)
+        if error is None or name in self._released:
+            return
+        gradient.copy_(gradient.to(torch.float32).add_(error, alpha=scale))
+        self._released.add(name)
+        if self._immediate:
+            del self._errors[name]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Do not take the errors noted of these since the last commit; ``immediate`` ones begin anew."""
+        for name in names:
+            self._pending.pop(name, None)
+            if self._immediate:
+                self._errors.pop(name, None)
 
     def error(self, name: str) -> Tensor | None:
         """The error of a tensor, None before the first commit."""
@@ -92,7 +166,7 @@ class ErrorFeedback:
             if error.dtype != torch.float32:
                 raise UserError(f"the error of {name!r} is {error.dtype}; expected torch.float32")
         self._errors = {name: error.detach().clone() for name, error in state.items()}
-        self._pending.clear()
+        self.rollback()
 
 
 def compression_error(original: Tensor, sent: Tensor, kind: ErrorKind = "l2") -> Tensor:

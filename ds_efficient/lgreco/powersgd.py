@@ -20,7 +20,7 @@ from torch import Tensor
 from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
 from ds_efficient.lgreco.compressors import check_dtype, result_tensor
-from ds_efficient.ops import keyed_random
+from ds_efficient.ops import keyed_random, lgreco_orthonormal
 
 Reduce = Callable[[Tensor], object]
 
@@ -150,11 +150,34 @@ class PowerSGD:
 
 
 def orthonormal(p: Tensor) -> Tensor:
-    """Orthonormal columns (n, r), n >= r, whose span contains that of ``p``; by Householder's reflections.
+    """Orthonormal columns (n, r), n >= r, in new memory; see `orthonormal_`."""
+    made = p.clone(memory_format=torch.contiguous_format)
+    orthonormal_([made])
+    return made
 
-    A matrix of lower rank, zero above all, is completed to r columns. Where a number is not finite, all
-    of the result is NaN.
+
+def orthonormal_(matrices: Sequence[Tensor]) -> None:
+    """Make the columns of every matrix orthonormal in place: many layers in one call, on CUDA in one launch.
+
+    Up to 64 columns by `ds_efficient.ops.lgreco_orthonormal`, more by Householder's reflections, one matrix
+    after the other. The span of the columns stays; a matrix of lower rank, zero above all, is completed to r
+    columns; one with a number that is not finite becomes NaN.
+
+    Args:
+        matrices: each (n, r) float32, n >= r, contiguous, on one device.
+
+    Raises:
+        UserError: a matrix does not fit.
+        OpBuildError: the compiled code cannot be built on CUDA.
     """
+    small = [matrix for matrix in matrices if matrix.shape[-1] <= lgreco_orthonormal.MOST_COLUMNS]
+    lgreco_orthonormal.orthonormalize_(small)
+    for matrix in matrices:
+        if matrix.shape[-1] > lgreco_orthonormal.MOST_COLUMNS:
+            matrix.copy_(_by_reflections(matrix))
+
+
+def _by_reflections(p: Tensor) -> Tensor:
     bad = ~torch.isfinite(p).all()
     # Only the span counts: the scale keeps squares from under- and overflowing.
     size = p.abs().amax()

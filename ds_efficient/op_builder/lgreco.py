@@ -1,4 +1,4 @@
-"""Builders of L-GreCo's planner and of its quantisation."""
+"""Builders of L-GreCo's planner and compressors."""
 
 from __future__ import annotations
 
@@ -22,3 +22,27 @@ class LgrecoQuantizeCUDABuilder(CUDAOpBuilder):
     """CUDA code of the quantisation."""
 
     SPEC = find_op("lgreco_quantize", "cuda")
+
+
+class LgrecoTopkCPUBuilder(CPUOpBuilder):
+    """C++ code of the selection of the largest entries."""
+
+    SPEC = find_op("lgreco_topk", "cpu")
+
+
+class LgrecoTopkCUDABuilder(CUDAOpBuilder):
+    """CUDA code of the selection of the largest entries."""
+
+    SPEC = find_op("lgreco_topk", "cuda")
+
+
+class LgrecoOrthonormalCPUBuilder(CPUOpBuilder):
+    """C++ code of the orthonormal columns."""
+
+    SPEC = find_op("lgreco_orthonormal", "cpu")
+
+
+class LgrecoOrthonormalCUDABuilder(CUDAOpBuilder):
+    """CUDA code of the orthonormal columns."""
+
+    SPEC = find_op("lgreco_orthonormal", "cuda")

@@ -5,8 +5,8 @@ and on CUDA, compiled or not. The format and its treatment of numbers that are n
 ``csrc/lgreco/quantize_common.h``; the readable form is `ds_efficient.ops.lgreco_quantize_reference`. Source:
 QSGD, arXiv 1610.02132.
 
-Each function is also an operator, ``torch.ops.ds_efficient.lgreco_quantize`` and ``lgreco_dequantize_``, with
-a fake implementation. ``backend`` of each: ``"auto"`` (compiled code; on the CPU plain torch where no
+Each function is also an operator, ``torch.ops.ds_efficient.lgreco_quantize_`` and ``lgreco_dequantize_``,
+with a fake implementation. ``backend`` of each: ``"auto"`` (compiled code; on the CPU plain torch where no
 compiler is found, which is logged once), ``"native"`` (compiled code or an error), ``"reference"`` (plain
 torch).
 """
@@ -59,14 +59,30 @@ def check_setting(bits: int, bucket: int) -> None:
         )
 
 
-def quantize(x: Tensor, key: Key | int, bits: int, bucket: int, *, backend: str = "auto") -> Tensor:
-    """Payload that stands for ``x``.
+def quantize(
+    x: Tensor,
+    key: Key | int,
+    bits: int,
+    bucket: int,
+    *,
+    error: Tensor | None = None,
+    unscale: float = 1.0,
+    new_error: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Payload that stands for ``x``; with ``new_error``, for ``x`` with the error that is fed back.
 
     Args:
         x: float32, bfloat16 or float16, any shape and strides; elements count in row-major order.
         key: `Key` or 64-bit integer; ranks fold their number into it, so that their errors are independent.
         bits: of a code, 2 to 8.
         bucket: elements that share a scale, a multiple of 8 up to 1024.
+        error: float32, contiguous, the shape of ``x``; what earlier steps have lost, by default nothing.
+        unscale: factor of ``x``, for example 1 / loss scale; rounded to float32.
+        new_error: float32, contiguous, the shape of ``x``, may be ``error``: ``unscale * x + error`` (one
+            rounding) is quantised, and what is lost is written here. ``error`` and ``unscale`` need it.
+        out: uint8, contiguous, of the payload's size, to write it to; fastest at a multiple of 8 bytes.
         backend: see the module.
 
     Returns:
@@ -77,11 +93,14 @@ def quantize(x: Tensor, key: Key | int, bits: int, bucket: int, *, backend: str 
         OpBuildError: the compiled code is asked for and cannot be built.
     """
     check_setting(bits, bucket)
-    _check_tensor("x", x, backend)
+    check_tensor("x", x, backend)
+    check_feedback(x, error, unscale, new_error)
     number = keyed_random.signed_key(key)
+    out = payload_tensor(out, payload_bytes(x.numel(), bits, bucket), x.device)
     x = x.detach()
-    run = _quantize if is_plain(x) and not x.is_meta else torch.ops.ds_efficient.lgreco_quantize
-    return run(x, number, bits, bucket, backend)
+    run = _quantize if is_plain(x) and not x.is_meta else torch.ops.ds_efficient.lgreco_quantize_
+    run(x, error, out, new_error, number, bits, bucket, unscale, backend)
+    return out
 
 
 def dequantize_(
@@ -94,11 +113,12 @@ def dequantize_(
     accumulate: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Write ``weight`` times the values of a payload over ``out``, or add them to it; one rounding each.
+    """Write ``weight`` times the values of payloads over ``out``, or add them to it; one rounding each.
 
     Args:
         out: contiguous float32, bfloat16 or float16; as many elements as were quantised.
-        payload: result of `quantize` with the same ``bits`` and ``bucket``, any alignment.
+        payload: result of `quantize` with the same ``bits`` and ``bucket``, any alignment; or (ranks, bytes),
+            a row a rank: their values are added in the order of the rows in one pass, in float32.
         bits, bucket, backend: as in `quantize`.
         weight: factor, for example 1 / ranks; rounded to float32.
         accumulate: add to what is there.
@@ -111,83 +131,145 @@ def dequantize_(
         OpBuildError: the compiled code is asked for and cannot be built.
     """
     check_setting(bits, bucket)
-    _check_tensor("out", out, backend)
+    check_tensor("out", out, backend)
     size = payload_bytes(out.numel(), bits, bucket)
     if not out.is_contiguous():
         raise UserError(f"out has strides {out.stride()}; expected a contiguous tensor")
-    if payload.dtype != torch.uint8 or payload.shape != (size,) or payload.device != out.device:
+    rows = payload if payload.dim() == 2 else payload[None]
+    if payload.dtype != torch.uint8 or rows.shape[1:] != (size,) or payload.device != out.device:
         raise UserError(
             f"payload is {payload.dtype} of shape {tuple(payload.shape)} on {payload.device}; expected "
-            f"torch.uint8 of shape ({size},) on {out.device} for {out.numel()} elements, bits={bits}, "
-            f"bucket={bucket}"
+            f"torch.uint8 of shape ({size},) or (ranks, {size}) on {out.device} for {out.numel()} elements, "
+            f"bits={bits}, bucket={bucket}"
         )
+    if not len(rows):
+        raise UserError("payload has no rows; expected one or more")
     if not math.isfinite(weight):
         raise UserError(f"weight={weight} is not a finite number")
     target = out.detach()
     plain = is_plain(target) and not target.is_meta
     run = _dequantize if plain else torch.ops.ds_efficient.lgreco_dequantize_
-    run(target, payload, bits, bucket, weight, accumulate, backend)
+    run(target, rows, bits, bucket, weight, accumulate, backend)
     return out
 
 
-def _check_tensor(name: str, x: Tensor, backend: str) -> None:
+def check_tensor(name: str, x: Tensor, backend: str) -> None:
+    """UserError where a gradient or a backend is none that there is code for."""
     if x.dtype not in DTYPES:
         raise UserError(f"{name} is {x.dtype}; allowed: {', '.join(map(str, DTYPES))}")
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r} is not known; allowed: {', '.join(BACKENDS)}")
 
 
-def _quantize(x: Tensor, key: int, bits: int, bucket: int, backend: str) -> Tensor:
+def check_feedback(x: Tensor, error: Tensor | None, unscale: float, new_error: Tensor | None) -> None:
+    """UserError where the tensors of the error feedback do not fit ``x``."""
+    if new_error is None and (error is not None or unscale != 1.0):
+        raise UserError("error and unscale need new_error, the tensor for what is lost")
+    if not math.isfinite(unscale):
+        raise UserError(f"unscale={unscale} is not a finite number")
+    for name, tensor in (("error", error), ("new_error", new_error)):
+        if tensor is not None and (
+            tensor.dtype != torch.float32
+            or tensor.shape != x.shape
+            or tensor.device != x.device
+            or not tensor.is_contiguous()
+        ):
+            raise UserError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on "
+                f"{tensor.device}; expected contiguous torch.float32 of shape {tuple(x.shape)} on {x.device}"
+            )
+
+
+def payload_tensor(out: Tensor | None, size: int, device: torch.device) -> Tensor:
+    """``out`` if it fits a payload of ``size`` bytes, or a new tensor.
+
+    Raises:
+        UserError: ``out`` does not fit.
+    """
+    if out is None:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    if out.dtype != torch.uint8 or out.shape != (size,) or out.device != device or not out.is_contiguous():
+        raise UserError(
+            f"out is {out.dtype} of shape {tuple(out.shape)}, strides {out.stride()}, on {out.device}; "
+            f"expected contiguous torch.uint8 of shape ({size},) on {device}"
+        )
+    return out
+
+
+def _quantize(
+    x: Tensor,
+    error: Tensor | None,
+    out: Tensor,
+    new_error: Tensor | None,
+    key: int,
+    bits: int,
+    bucket: int,
+    unscale: float,
+    backend: str,
+) -> None:
     library = Library.for_device(x.device, backend)
     flat = x.reshape(-1)
     if not flat.numel():
-        return _quantize_fake(x, key, bits, bucket, backend)
+        return
+    feedback = reference.Feedback(error, new_error, unscale)
     if library is None:
-        return reference.quantize(flat, key & _UNSIGNED, bits, bucket)
-    out = _quantize_fake(x, key, bits, bucket, backend)
-    return library.quantize(flat.contiguous(), key & _UNSIGNED, bits, bucket, out)
-
-
-def _quantize_fake(x: Tensor, key: int, bits: int, bucket: int, backend: str) -> Tensor:
-    return x.new_empty(payload_bytes(x.numel(), bits, bucket), dtype=torch.uint8)
+        wide = flat if new_error is None else reference.corrected(flat, feedback)
+        out.copy_(reference.quantize(wide, key & _UNSIGNED, bits, bucket))
+        if new_error is not None:
+            new_error.view(-1).copy_(wide - reference.values(out, flat.numel(), bits, bucket))
+        return
+    payload = out if out.data_ptr() % _ALIGNMENT == 0 else torch.empty_like(out)
+    library.quantize(flat.contiguous(), feedback, key & _UNSIGNED, bits, bucket, payload)
+    if payload is not out:
+        out.copy_(payload)
 
 
 def _dequantize(
-    out: Tensor, payload: Tensor, bits: int, bucket: int, weight: float, accumulate: bool, backend: str
+    out: Tensor, payloads: Tensor, bits: int, bucket: int, weight: float, accumulate: bool, backend: str
 ) -> None:
     library = Library.for_device(out.device, backend)
     if not out.numel():
         return
-    payload = payload.contiguous()
     if library is None:
-        reference.dequantize(payload, out.view(-1), bits, bucket, weight, accumulate)
+        reference.dequantize(payloads, out.view(-1), bits, bucket, weight, accumulate)
         return
-    if payload.data_ptr() % _ALIGNMENT:
-        payload = payload.clone()
-    library.dequantize(payload, out, bits, bucket, weight, accumulate)
+    library.dequantize(_aligned_rows(payloads), out, bits, bucket, weight, accumulate)
 
 
-def _dequantize_fake(
-    out: Tensor, payload: Tensor, bits: int, bucket: int, weight: float, accumulate: bool, backend: str
-) -> None:
+def _aligned_rows(payloads: Tensor) -> Tensor:
+    """The rows, each adjacent and at a multiple of 8 bytes; copied where they are not."""
+    alone = len(payloads) == 1
+    if payloads.stride(1) == 1 and payloads.data_ptr() % _ALIGNMENT == 0:
+        if alone or payloads.stride(0) % _ALIGNMENT == 0:
+            return payloads if not alone else payloads.as_strided(payloads.shape, (_ALIGNMENT, 1))
+    rows, size = payloads.shape
+    made = payloads.new_empty(rows, -(-size // _ALIGNMENT) * _ALIGNMENT)[:, :size]
+    return made.copy_(payloads)
+
+
+def _fake(*_: object) -> None:
     return None
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("ds_efficient", "FRAGMENT")
     end = "int bits, int bucket"
-    for name, schema, run, fake in (
-        ("quantize", f"(Tensor x, int key, {end}, str backend) -> Tensor", _quantize, _quantize_fake),
+    for name, schema, run in (
+        (
+            "quantize_",
+            "(Tensor x, Tensor? error, Tensor(a!) out, Tensor(b!)? new_error, int key, "
+            f"{end}, float unscale, str backend) -> ()",
+            _quantize,
+        ),
         (
             "dequantize_",
-            f"(Tensor(a!) out, Tensor payload, {end}, float weight, bool accumulate, str backend) -> ()",
+            f"(Tensor(a!) out, Tensor payloads, {end}, float weight, bool accumulate, str backend) -> ()",
             _dequantize,
-            _dequantize_fake,
         ),
     ):
         library.define(f"lgreco_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(f"lgreco_{name}", run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ds_efficient::lgreco_{name}", fake, lib=library)
+        torch.library.register_fake(f"ds_efficient::lgreco_{name}", _fake, lib=library)
     return library
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ds_efficient.ops.lgreco_quantize_reference import VERSION
+from ds_efficient.ops.lgreco_quantize_reference import VERSION, Feedback
 from ds_efficient.ops.native import DOUBLE, INT, INT64, POINTER, UINT64, NativeLibrary, Signatures
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Library(NativeLibrary):
@@ -18,22 +18,33 @@ class Library(NativeLibrary):
 
     OP, PREFIX, VERSION = "lgreco_quantize", "ds_efficient_lgreco_", VERSION
     SIGNATURES: ClassVar[Signatures] = {
-        "quantize": (POINTER, INT64, UINT64, INT, INT64, POINTER, INT),
-        "dequantize": (POINTER, INT64, INT, INT64, DOUBLE, INT, POINTER, INT),
+        "quantize": (POINTER, POINTER, POINTER, DOUBLE, INT64, UINT64, INT, INT64, POINTER, INT),
+        "dequantize": (POINTER, INT64, INT64, INT64, INT, INT64, DOUBLE, INT, POINTER, INT),
     }
 
-    def quantize(self, x: Tensor, key: int, bits: int, bucket: int, payload: Tensor) -> Tensor:
+    def quantize(
+        self, x: Tensor, feedback: Feedback, key: int, bits: int, bucket: int, payload: Tensor
+    ) -> Tensor:
         """Fill ``payload``, whose address is a multiple of 8, with what stands for ``x``; returns it."""
+        error, new_error, unscale = feedback
         return self.call(
-            "quantize", payload, x.data_ptr(), x.numel(), key, bits, bucket, payload.data_ptr(),
-            _DTYPES[x.dtype],
+            "quantize", payload, x.data_ptr(), address(error), address(new_error), unscale, x.numel(), key,
+            bits, bucket, payload.data_ptr(), DTYPES[x.dtype],
         )  # fmt: skip
 
     def dequantize(
-        self, payload: Tensor, out: Tensor, bits: int, bucket: int, weight: float, accumulate: bool
+        self, payloads: Tensor, out: Tensor, bits: int, bucket: int, weight: float, accumulate: bool
     ) -> Tensor:
-        """Write ``weight`` times the values of ``payload`` over ``out``, or add them to it; returns it."""
+        """Write ``weight`` times the sum of the rows of ``payloads`` over ``out``, or add it; returns it.
+
+        Rows begin at multiples of 8.
+        """
         return self.call(
-            "dequantize", out, payload.data_ptr(), out.numel(), bits, bucket, weight, int(accumulate),
-            out.data_ptr(), _DTYPES[out.dtype],
+            "dequantize", out, payloads.data_ptr(), len(payloads), payloads.stride(0), out.numel(), bits,
+            bucket, weight, int(accumulate), out.data_ptr(), DTYPES[out.dtype],
         )  # fmt: skip
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Of the memory, None where there is no tensor."""
+    return None if tensor is None else tensor.data_ptr()

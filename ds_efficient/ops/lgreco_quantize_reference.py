@@ -6,17 +6,31 @@ with the smallest element and the range of each bucket.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ds_efficient.ops import keyed_random_reference as keyed
 
-VERSION = 1
+VERSION = 2
 SCALE_BYTES = 8  # (lo, unit) of a bucket in float32
 MOST_BUCKET = 1024
 GROUP = 8  # codes of a group fill `bits` bytes
-_FRACTION_BITS = 22
+_FRACTION_BITS = 16
+_OF_BLOCKS = 256  # elements that share 32 Philox blocks
 _LEAST_UNIT = 2.0**-100
+
+
+class Feedback(NamedTuple):
+    """What is compressed in place of x where ``new_error`` is a tensor: unscale * x + error.
+
+    All float32 with the shape of x: ``error`` (None: zeros), ``new_error``, which is written and may be it.
+    """
+
+    error: Tensor | None = None
+    new_error: Tensor | None = None
+    unscale: float = 1.0
 
 
 def payload_bytes(count: int, bits: int, bucket: int) -> int:
@@ -35,30 +49,51 @@ def quantize(x: Tensor, key: int, bits: int, bucket: int) -> Tensor:
     unit = (span / most).clamp(min=_LEAST_UNIT)
     lo, unit = torch.where(good, lo + 0.0, torch.nan), torch.where(good, unit, torch.nan)
     factor = torch.where(good, 2.0**_FRACTION_BITS / unit, 0.0)
-    fixed = torch.where(good[:, None], (wide - lo[:, None]) * factor[:, None], 0.0).to(torch.int64)
-    words = keyed.words(key, 0, buckets * bucket, x.device).view(buckets, bucket)
-    code = ((fixed + (words >> (32 - _FRACTION_BITS))) >> _FRACTION_BITS).clamp(max=most)
+    difference = torch.where(good[:, None], wide - lo[:, None], 0.0)
+    scaled = fma(difference, factor[:, None].expand_as(wide), torch.full_like(wide, 0.5))
+    code = ((scaled.to(torch.int64) + _halves(key, buckets, bucket, x.device)) >> _FRACTION_BITS).clamp(
+        max=most
+    )
     code = torch.where(good[:, None], code, 0).flatten()[:count]
     scales = torch.stack((lo, unit), 1)
     return torch.cat((_bytes(scales), _packed(code, bits)))
 
 
-def dequantize(
-    payload: Tensor, out: Tensor, bits: int, bucket: int, weight: float, accumulate: bool
-) -> Tensor:
-    """Write ``weight`` times the values over the flat tensor ``out``, or add them to it; returns it."""
-    count = out.numel()
+def _halves(key: int, buckets: int, bucket: int, device: torch.device) -> Tensor:
+    """The number below 2^16 that rounds each element, (buckets, bucket) int64."""
+    groups = -(-bucket // _OF_BLOCKS)
+    words = keyed.words(key, 0, buckets * groups * 128, device)
+    halves = torch.stack((words & 0xFFFF, words >> 16), 1).view(buckets, groups, 32, 2, 4)
+    return halves.transpose(2, 3).reshape(buckets, groups * _OF_BLOCKS)[:, :bucket]
+
+
+def corrected(x: Tensor, feedback: Feedback) -> Tensor:
+    """What is compressed, float32, flat; one rounding an element."""
+    wide = x.reshape(-1).to(torch.float32)
+    if feedback.error is None:
+        return wide * torch.tensor(feedback.unscale, dtype=torch.float32, device=x.device)
+    return fma(wide, torch.full_like(wide, feedback.unscale), feedback.error.reshape(-1))
+
+
+def values(payload: Tensor, count: int, bits: int, bucket: int) -> Tensor:
+    """What a payload stands for, (count,) float32."""
     buckets = -(-count // bucket)
     scales = payload[: SCALE_BYTES * buckets].clone().view(torch.float32).view(buckets, 2)
     code = _unpacked(payload[SCALE_BYTES * buckets :], bits, count)
-    each = torch.arange(count, device=out.device) // bucket
-    lo, unit = scales[each].unbind(1)
-    value = fma(code.to(torch.float32), unit, lo)
-    if accumulate:
-        value = fma(value, torch.full_like(value, weight), out.to(torch.float32))
-    else:
-        value = value * torch.tensor(weight, dtype=torch.float32, device=out.device)
-    return out.copy_(value)
+    lo, unit = scales.repeat_interleave(bucket, 0)[:count].unbind(1)
+    return fma(code.to(torch.float32), unit, lo)
+
+
+def dequantize(
+    payloads: Tensor, out: Tensor, bits: int, bucket: int, weight: float, accumulate: bool
+) -> Tensor:
+    """Write ``weight`` times the sum over the rows over the flat tensor ``out``, or add it; returns it."""
+    total = out.to(torch.float32)
+    factor = torch.full_like(total, weight)
+    for number, payload in enumerate(payloads):
+        value = values(payload, out.numel(), bits, bucket)
+        total = fma(value, factor, total) if number or accumulate else value * factor
+    return out.copy_(total)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

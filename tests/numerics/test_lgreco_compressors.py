@@ -70,6 +70,8 @@ def test_sums_over_ranks_are_weighted_sums_of_what_each_stands_for(compressor):
     expected = sum(compressor.decompress(payload, shape).double() for payload in payloads) / 3
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
     assert all(map(torch.equal, payloads, before))
+    rows = compressor.decompress(torch.stack(payloads), shape, weight=1 / 3)
+    torch.testing.assert_close(rows, total, rtol=1e-5, atol=1e-6)
     over = compressor.decompress(payloads[0], shape, out=torch.full(shape, 7.0), weight=2.0)
     torch.testing.assert_close(over, 2 * compressor.decompress(payloads[0], shape))
 
@@ -270,6 +272,26 @@ def test_what_was_sent_is_what_was_to_send_less_the_last_error(compressor):
     error = feedback.error("layer")
     assert error is not None and error.abs().max() > 0.1
     torch.testing.assert_close(sent_sum, gradient_sum - error, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("immediate", (False, True))
+@pytest.mark.parametrize("compressor", (TopK(0.1), QSGD(2, 16)), ids=repr)
+def test_feedback_in_one_pass_is_feedback_in_three(compressor, immediate):
+    shape, one, three = (24, 18), ErrorFeedback(immediate=immediate), ErrorFeedback()
+    for step in range(5):
+        gradient, key = draw(shape, step), KEY.fold(step)
+        payload = one.compress("layer", gradient, compressor, key, unscale=0.5)
+        corrected = three.corrected("layer", gradient, unscale=0.5)
+        assert torch.equal(payload, compressor.compress(corrected, key))
+        three.record("layer", corrected, compressor.decompress(payload, shape))
+        if step == 2 and not immediate:
+            one.rollback()
+            three.rollback()
+        one.commit()
+        three.commit()
+        assert torch.equal(one.error("layer"), three.error("layer"))
+    with pytest.raises(UserError, match=r"'layer'.*\(3,\)"):
+        one.compress("layer", torch.zeros(3), compressor)
 
 
 def test_a_step_that_is_not_taken_leaves_the_errors():

@@ -11,7 +11,7 @@ import torch
 
 from ds_efficient.core.keys import Key
 from ds_efficient.lgreco import Factors, PowerSGD, compression_error
-from ds_efficient.lgreco.powersgd import orthonormal
+from ds_efficient.lgreco.powersgd import orthonormal, orthonormal_
 from ds_efficient.ops import keyed_random
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,6 +108,17 @@ def test_columns_are_orthonormal_at_every_scale_and_rank(scale):
     for matrix in (draw((9, 4)), torch.zeros(9, 4), draw((9, 1)) @ draw((1, 4))):
         p = orthonormal(matrix * scale)
         torch.testing.assert_close(p.T @ p, torch.eye(4), rtol=0, atol=1e-5)
+
+
+def test_many_matrices_become_orthonormal_at_once_whatever_their_rank():
+    given = [draw((80, r), r) for r in (1, 64, 65, 80)]
+    given[2][:, 7] = given[2][:, 3]
+    made = [matrix.clone() for matrix in given]
+    orthonormal_(made)
+    for p, matrix in zip(made, given, strict=True):
+        torch.testing.assert_close(p.T @ p, torch.eye(p.shape[1]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(p @ (p.T @ matrix), matrix, rtol=0, atol=1e-4)
+        assert torch.equal(p, orthonormal(matrix))
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf))

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "elements_cpu.h"
 #include "keyed_random_lanes.h"
 #include "parallel.h"
 #include "quantize_common.h"
@@ -15,52 +16,28 @@ namespace keyed = ds_efficient::keyed;
 
 constexpr int64_t kPerThread = 1 << 16;  // fewer elements than this are not worth a thread
 
-enum Status { kDone = 0, kUnknown = 1 };
+// Orders as numbers do; its own inverse.
+int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-struct Float32 {
-  using Stored = float;
-  static float load(float value) { return value; }
-  static float store(float value) { return value; }
-};
-
-struct Bfloat16 {
-  using Stored = uint16_t;
-  static float load(uint16_t bits) { return float_of_bfloat16(bits); }
-  static uint16_t store(float value) { return bfloat16_of(value); }
-};
-
-struct Float16 {
-  using Stored = uint16_t;
-  static float load(uint16_t bits) {
-    const uint32_t magnitude = bits & 0x7fffu;
-    const float subnormal = keyed::float_of(static_cast<int32_t>(0x3f000000u + magnitude)) - 0.5f;  // units of 2^-24
-    const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
-    const uint32_t value = magnitude < 0x400u ? static_cast<uint32_t>(keyed::bits_of(subnormal)) : normal;
-    return keyed::float_of(static_cast<int32_t>(value | (bits & 0x8000u) << 16));
-  }
-  static uint16_t store(float value) {
-    if (value != value) return 0x7e00;
-    const uint16_t sign = value < 0 ? 0x8000 : 0;
-    return value >= 65520.0f || value <= -65520.0f ? static_cast<uint16_t>(sign | 0x7c00) : keyed::float16_bits(value);
-  }
-};
-
-// Smallest and largest of count >= 1 elements; all loops are plain so that they vectorise.
+// Of count >= 1 elements. By integers, since a loop for the smallest of floating-point numbers does not vectorise.
 Scale scale_of_bucket(const float* x, int64_t count, int bits) {
-  float lo = x[0], hi = x[0];
-  int32_t largest = 0;
+  int32_t lo = ordered(keyed::bits_of(x[0])), hi = lo, largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    lo = x[i] < lo ? x[i] : lo;
-    hi = x[i] > hi ? x[i] : hi;
-    const int32_t magnitude = keyed::bits_of(x[i]) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
+    const int32_t raw = keyed::bits_of(x[i]), key = ordered(raw);
+    lo = std::min(lo, key);
+    hi = std::max(hi, key);
+    largest = std::max(largest, raw & 0x7fffffff);
   }
-  return scale_of(lo, hi, largest >= 0x7f800000, bits);
+  return scale_of(keyed::float_of(ordered(lo)), keyed::float_of(ordered(hi)), largest >= 0x7f800000, bits);
 }
 
 // Codes of whole groups; `code` is filled with zeros up to one.
 void pack(const uint8_t* code, int64_t count, int bits, uint8_t* out) {
   const int64_t bytes = (count * bits + 7) / 8;
+  if (bits == 4) {
+    for (int64_t i = 0; i < bytes; ++i) out[i] = static_cast<uint8_t>(code[2 * i] | code[2 * i + 1] << 4);
+    return;
+  }
   for (int64_t first = 0, at = 0; first < count; first += kGroup, at += bits) {
     uint64_t group = 0;
     for (int e = 0; e < kGroup; ++e) group |= static_cast<uint64_t>(code[first + e]) << (bits * e);
@@ -70,6 +47,13 @@ void pack(const uint8_t* code, int64_t count, int bits, uint8_t* out) {
 
 void unpack(const uint8_t* in, int64_t count, int bits, uint8_t* code) {
   const int64_t bytes = (count * bits + 7) / 8;
+  if (bits == 4) {
+    for (int64_t i = 0; i < bytes; ++i) {
+      code[2 * i] = in[i] & 15;
+      code[2 * i + 1] = in[i] >> 4;
+    }
+    return;
+  }
   const uint64_t mask = (uint64_t{1} << bits) - 1;
   for (int64_t first = 0, at = 0; first < count; first += kGroup, at += bits) {
     uint64_t group = 0;
@@ -78,61 +62,124 @@ void unpack(const uint8_t* in, int64_t count, int bits, uint8_t* code) {
   }
 }
 
-template <typename Element>
-void quantize(const void* from, int64_t n, uint64_t key, int bits, int64_t bucket, uint8_t* payload, int threads) {
-  using Stored = typename Element::Stored;
-  const Stored* const source = static_cast<const Stored*>(from);
-  const int64_t buckets = buckets_of(n, bucket);
-  const uint32_t most = (1u << bits) - 1;
-  ds_efficient::run_parallel(buckets, std::max<int64_t>(1, kPerThread / bucket), threads, [=](int64_t j, int64_t some) {
-    float x[kMostBucket];
-    uint32_t word[kMostBucket];
-    uint8_t code[kMostBucket];
-    for (const int64_t end = j + some; j < end; ++j) {
-      const int64_t start = j * bucket, count = std::min(bucket, n - start);
-      for (int64_t i = 0; i < count; ++i) x[i] = Element::load(source[start + i]);
-      const Scale scale = scale_of_bucket(x, count, bits);
-      const float factor = factor_of(scale);
-      std::memcpy(payload + 8 * j, &scale, sizeof scale);
-      const int64_t whole = (count + kGroup - 1) / kGroup * kGroup;
-      if (factor != 0) {
-        keyed::fill_range(key, static_cast<uint64_t>(start), count, word, [](uint32_t w) { return w; });
-        for (int64_t i = 0; i < count; ++i) {
-          code[i] = static_cast<uint8_t>(code_of(x[i], scale.lo, factor, word[i], most));
-        }
-        std::fill(code + count, code + whole, uint8_t{0});
-      } else {
-        std::fill(code, code + whole, uint8_t{0});
-      }
-      pack(code, count, bits, payload + 8 * buckets + start / 8 * bits);
-    }
-  });
-}
+struct Quantize {
+  const void* x;
+  const float* error;
+  float* new_error;
+  float unscale;
+  int64_t n;
+  uint64_t key;
+  int bits;
+  int64_t bucket;
+  uint8_t* payload;
+  int threads;
 
-template <typename Element>
-void dequantize(const uint8_t* payload, int64_t n, int bits, int64_t bucket, float weight, bool accumulate, void* to,
-                int threads) {
-  using Stored = typename Element::Stored;
-  Stored* const target = static_cast<Stored*>(to);
-  const int64_t buckets = buckets_of(n, bucket);
-  ds_efficient::run_parallel(buckets, std::max<int64_t>(1, kPerThread / bucket), threads, [=](int64_t j, int64_t some) {
+  template <typename Element>
+  int run() const {
+    const int64_t grain = std::max<int64_t>(1, kPerThread / bucket);
+    ds_efficient::run_parallel(buckets_of(n, bucket), grain, threads, [=](int64_t first, int64_t some) {
+      for (int64_t j = first; j < first + some; ++j) one_bucket<Element>(j);
+    });
+    return kDone;
+  }
+
+ private:
+  template <typename Element>
+  void one_bucket(int64_t j) const {
+    float value[kMostBucket];
     uint8_t code[kMostBucket];
-    for (const int64_t end = j + some; j < end; ++j) {
-      const int64_t start = j * bucket, count = std::min(bucket, n - start);
-      Scale scale;
-      std::memcpy(&scale, payload + 8 * j, sizeof scale);
-      unpack(payload + 8 * buckets + start / 8 * bits, count, bits, code);
-      Stored* const out = target + start;
-      if (accumulate) {
-        for (int64_t i = 0; i < count; ++i) {
-          out[i] = Element::store(keyed::fma_rn(value_of(scale, code[i]), weight, Element::load(out[i])));
-        }
-      } else {
-        for (int64_t i = 0; i < count; ++i) out[i] = Element::store(value_of(scale, code[i]) * weight);
+    const int64_t start = j * bucket, count = std::min(bucket, n - start);
+    const int64_t whole = (count + kGroup - 1) / kGroup * kGroup;
+    value[0] = 0.0f;  // a bucket has an element, which the compiler does not know
+    load<Element>(start, count, value);
+    const Scale scale = scale_of_bucket(value, count, bits);
+    const float factor = factor_of(scale);
+    std::memcpy(payload + 8 * j, &scale, sizeof scale);
+    if (factor != 0) {
+      draw_codes(j, count, value, scale.lo, factor, code);
+      std::fill(code + count, code + whole, uint8_t{0});
+    } else {
+      std::fill(code, code + whole, uint8_t{0});
+    }
+    pack(code, count, bits, payload + 8 * buckets_of(n, bucket) + start / 8 * bits);
+    if (new_error) {
+      float* const next = new_error + start;
+      for (int64_t i = 0; i < count; ++i) next[i] = value[i] - value_of(scale, code[i]);
+    }
+  }
+
+  void draw_codes(int64_t j, int64_t count, const float* value, float lo, float factor, uint8_t* code) const {
+    const uint32_t most = (1u << bits) - 1;
+    uint32_t word[kOfBlocks / 2];
+    uint16_t random[kOfBlocks];
+    for (int64_t first = 0; first < count; first += kOfBlocks) {
+      const uint64_t block = first_block(j, bucket) + static_cast<uint64_t>(first / kOfBlocks * 32);
+      for (int i = 0; i < kOfBlocks / 2; i += keyed::kChunk) {
+        keyed::chunk_words(key, block + static_cast<uint64_t>(i / 4), word + i);
+      }
+      for (int lane = 0; lane < 32; ++lane) {  // little endian: the low half of a word comes first
+        std::memcpy(random + 4 * lane, word + 4 * lane, 8);
+        std::memcpy(random + 128 + 4 * lane, word + 4 * lane + 2, 8);
+      }
+      const int64_t some = std::min<int64_t>(kOfBlocks, count - first);
+      const float* const from = value + first;
+      uint8_t* const to = code + first;
+      for (int64_t i = 0; i < some; ++i) {
+        to[i] = static_cast<uint8_t>(code_of(from[i], lo, factor, random[i], most));
       }
     }
-  });
-}
+  }
+
+  template <typename Element>
+  void load(int64_t start, int64_t count, float* value) const {
+    const auto* const from = static_cast<const typename Element::Stored*>(x) + start;
+    for (int64_t i = 0; i < count; ++i) value[i] = Element::load(from[i]);
+    if (!new_error) return;
+    if (error) {
+      for (int64_t i = 0; i < count; ++i) value[i] = corrected(value[i], unscale, error[start + i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) value[i] = corrected(value[i], unscale, kNoError);
+    }
+  }
+};
+
+struct Dequantize {
+  const uint8_t* payload;
+  int64_t ranks, stride, n;
+  int bits;
+  int64_t bucket;
+  float weight;
+  bool accumulate;
+  void* out;
+  int threads;
+
+  template <typename Element>
+  int run() const {
+    const int64_t grain = std::max<int64_t>(1, kPerThread / bucket / ranks);
+    ds_efficient::run_parallel(buckets_of(n, bucket), grain, threads, [=](int64_t first, int64_t some) {
+      for (int64_t j = first; j < first + some; ++j) one_bucket<Element>(j);
+    });
+    return kDone;
+  }
+
+ private:
+  template <typename Element>
+  void one_bucket(int64_t j) const {
+    float sum[kMostBucket];
+    uint8_t code[kMostBucket];
+    const int64_t start = j * bucket, count = std::min(bucket, n - start);
+    auto* const to = static_cast<typename Element::Stored*>(out) + start;
+    for (int64_t i = 0; i < count; ++i) sum[i] = accumulate ? Element::load(to[i]) : kNoError;
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      const uint8_t* const from = payload + rank * stride;
+      Scale scale;
+      std::memcpy(&scale, from + 8 * j, sizeof scale);
+      unpack(from + 8 * buckets_of(n, bucket) + start / 8 * bits, count, bits, code);
+      for (int64_t i = 0; i < count; ++i) sum[i] = keyed::fma_rn(value_of(scale, code[i]), weight, sum[i]);
+    }
+    for (int64_t i = 0; i < count; ++i) to[i] = Element::store(sum[i]);
+  }
+};
 
 bool has_code(int bits, int64_t bucket) {
   return bits >= 2 && bits <= 8 && bucket >= kGroup && bucket <= kMostBucket && bucket % kGroup == 0;
@@ -144,30 +191,20 @@ extern "C" {
 
 int ds_efficient_lgreco_quantize_version() { return DS_EFFICIENT_LGRECO_QUANTIZE_VERSION; }
 
-int ds_efficient_lgreco_quantize(const void* x, int64_t n, uint64_t key, int bits, int64_t bucket, void* payload,
-                                 int dtype, int threads) {
+int ds_efficient_lgreco_quantize(const void* x, const float* error, float* new_error, double unscale, int64_t n,
+                                 uint64_t key, int bits, int64_t bucket, void* payload, int dtype, int threads) {
   if (!has_code(bits, bucket)) return kUnknown;
-  uint8_t* const out = static_cast<uint8_t*>(payload);
-  switch (dtype) {
-    case kFloat32: quantize<Float32>(x, n, key, bits, bucket, out, threads); return kDone;
-    case kBfloat16: quantize<Bfloat16>(x, n, key, bits, bucket, out, threads); return kDone;
-    case kFloat16: quantize<Float16>(x, n, key, bits, bucket, out, threads); return kDone;
-    default: return kUnknown;
-  }
+  const Quantize work{x, error, new_error, static_cast<float>(unscale), n, key, bits, bucket,
+                      static_cast<uint8_t*>(payload), threads};
+  return with_element(work, dtype);
 }
 
-int ds_efficient_lgreco_dequantize(const void* payload, int64_t n, int bits, int64_t bucket, double weight,
-                                   int accumulate, void* out, int dtype, int threads) {
-  if (!has_code(bits, bucket)) return kUnknown;
-  const uint8_t* const in = static_cast<const uint8_t*>(payload);
-  const float factor = static_cast<float>(weight);
-  const bool add = accumulate != 0;
-  switch (dtype) {
-    case kFloat32: dequantize<Float32>(in, n, bits, bucket, factor, add, out, threads); return kDone;
-    case kBfloat16: dequantize<Bfloat16>(in, n, bits, bucket, factor, add, out, threads); return kDone;
-    case kFloat16: dequantize<Float16>(in, n, bits, bucket, factor, add, out, threads); return kDone;
-    default: return kUnknown;
-  }
+int ds_efficient_lgreco_dequantize(const void* payload, int64_t ranks, int64_t stride, int64_t n, int bits,
+                                   int64_t bucket, double weight, int accumulate, void* out, int dtype, int threads) {
+  if (!has_code(bits, bucket) || ranks < 1) return kUnknown;
+  const Dequantize work{static_cast<const uint8_t*>(payload), ranks, stride, n, bits, bucket,
+                        static_cast<float>(weight), accumulate != 0, out, threads};
+  return with_element(work, dtype);
 }
 
 }  // extern "C"

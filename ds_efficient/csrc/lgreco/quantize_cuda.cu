@@ -1,12 +1,10 @@
 // Bucketed stochastic quantisation on CUDA devices; C ABI, no torch headers. See quantize_common.h.
 //
-// Quantising, a warp takes a bucket: each lane holds up to kGroups groups of 8 elements in registers, so that memory is
-// read once. Dequantising, a thread takes a group.
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
-
+// Quantising, a warp takes a bucket and holds it in registers, so that memory is read once; dequantising, a warp takes
+// kPieces pieces of 128 elements. In both a lane has four adjacent elements of a piece: loads and stores of a warp fill
+// whole lines. One Philox block serves eight elements. Of 32-bit elements at 4 bits 4.5 bytes are moved an element,
+// against some 30 instructions to quantise one, so that memory is what limits both kernels.
+#include "elements_cuda.h"
 #include "quantize_common.h"
 
 namespace {
@@ -15,226 +13,284 @@ using namespace ds_efficient::lgreco;
 namespace keyed = ds_efficient::keyed;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int64_t kMostBlocks = 1 << 20, kMostGroups = int64_t{1} << 31;
+constexpr int kPiece = 128;  // elements of a warp, four a lane
+constexpr int kPieces = 4;   // of a warp that dequantises
+constexpr int64_t kMostBlocks = 1 << 20, kMostElements = int64_t{1} << 34;
 
-struct Float32 {
-  using Stored = uint32_t;
-  static __device__ __forceinline__ float load(uint32_t bits) { return __uint_as_float(bits); }
-  static __device__ __forceinline__ uint32_t store(float value) { return static_cast<uint32_t>(keyed::bits_of(value)); }
-};
+// ---- codes ---------------------------------------------------------------------------------------------------------
 
-struct Bfloat16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float load(uint16_t bits) { return float_of_bfloat16(bits); }
-  static __device__ __forceinline__ uint16_t store(float value) { return bfloat16_of(value); }
-};
-
-struct Float16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float load(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-  static __device__ __forceinline__ uint16_t store(float value) {
-    return value == value ? __half_as_ushort(__float2half_rn(value)) : static_cast<uint16_t>(0x7e00);
-  }
-};
-
-// Eight elements as they lie in memory.
-template <typename Stored>
-union Eight {
-  uint4 wide[kGroup * sizeof(Stored) / sizeof(uint4)];
-  Stored one[kGroup];
-};
-
-// `valid` of the eight exist, at least one; `wide`: the address is aligned to 16 bytes.
-template <typename Stored>
-__device__ __forceinline__ void load_eight(const Stored* from, int valid, bool wide, Eight<Stored>& out) {
-  constexpr int kWide = static_cast<int>(kGroup * sizeof(Stored) / sizeof(uint4));
-  if (wide && valid == kGroup) {
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) out.wide[i] = reinterpret_cast<const uint4*>(from)[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) out.one[i] = from[i < valid ? i : 0];
-  }
-}
-
-template <typename Stored>
-__device__ __forceinline__ void store_eight(Stored* to, int valid, bool wide, const Eight<Stored>& in) {
-  constexpr int kWide = static_cast<int>(kGroup * sizeof(Stored) / sizeof(uint4));
-  if (wide && valid == kGroup) {
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) reinterpret_cast<uint4*>(to)[i] = in.wide[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (i < valid) to[i] = in.one[i];
-    }
-  }
-}
-
-// The codes of a group, `bits` bytes of which `valid` codes are written. kBits is 4, or 0 for any number.
+// Writes the codes of four elements of each lane, `left` elements from the lane's first to the end of the bucket, to the
+// place of the lane where 4 codes are whole bytes, else to that of its pair of lanes. All lanes of the warp call it.
 template <int kBits>
-__device__ __forceinline__ void store_codes(uint8_t* to, uint64_t group, int bits, int valid) {
-  if (kBits == 4 && valid == kGroup) {
-    *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(group);
+__device__ __forceinline__ void store_codes(uint8_t* to, uint32_t four, int any_bits, int left) {
+  if (kBits == 4) {
+    if (left > 2) {
+      *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(four);
+    } else if (left > 0) {
+      *to = static_cast<uint8_t>(four);
+    }
     return;
   }
-  if (bits == 8 && valid == kGroup) {
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, four, 1);
+  if (threadIdx.x % 2 || left <= 0) return;
+  const uint64_t group = four | static_cast<uint64_t>(other) << (4 * any_bits);
+  if (any_bits == 8 && left >= kGroup) {
     *reinterpret_cast<uint2*>(to) = uint2{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32)};
     return;
   }
-  const int bytes = (valid * bits + 7) / 8;
+  const int bytes = ((left < kGroup ? left : kGroup) * any_bits + 7) / 8;
   for (int i = 0; i < bytes; ++i) to[i] = static_cast<uint8_t>(group >> (8 * i));
 }
 
+// The 32 bits from bit 32 * word on; 0 beyond the last of `bytes`.
+__device__ __forceinline__ uint32_t load_word(const uint8_t* codes, int64_t word, int64_t bytes) {
+  if (4 * word + 4 <= bytes) return *reinterpret_cast<const uint32_t*>(codes + 4 * word);
+  uint32_t made = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (4 * word + i < bytes) made |= static_cast<uint32_t>(codes[4 * word + i]) << (8 * i);
+  }
+  return made;
+}
+
+// Codes of the elements element .. element + 3, a multiple of 4; those at n or beyond are not used.
 template <int kBits>
-__device__ __forceinline__ uint64_t load_codes(const uint8_t* from, int bits, int valid) {
-  if (kBits == 4 && valid == kGroup) return *reinterpret_cast<const uint32_t*>(from);
-  if (bits == 8 && valid == kGroup) {
-    const uint2 words = *reinterpret_cast<const uint2*>(from);
-    return words.x | static_cast<uint64_t>(words.y) << 32;
+__device__ __forceinline__ uint32_t load_codes(const uint8_t* codes, int64_t element, int any_bits, int64_t bytes) {
+  if (kBits == 4) {
+    if (element / 2 + 2 <= bytes) return *reinterpret_cast<const uint16_t*>(codes + element / 2);
+    return codes[element / 2];
   }
-  const int bytes = (valid * bits + 7) / 8;
-  uint64_t group = 0;
-  for (int i = 0; i < bytes; ++i) group |= static_cast<uint64_t>(from[i]) << (8 * i);
-  return group;
+  const int64_t bit = element * any_bits;
+  const int shift = static_cast<int>(bit % 32);
+  uint64_t both = load_word(codes, bit / 32, bytes);
+  if (shift + 4 * any_bits > 32) both |= static_cast<uint64_t>(load_word(codes, bit / 32 + 1, bytes)) << 32;
+  return static_cast<uint32_t>(both >> shift);
 }
 
-__device__ __forceinline__ float from_lane_below(float value, unsigned delta) {
-  return __uint_as_float(__shfl_up_sync(0xffffffffu, static_cast<uint32_t>(keyed::bits_of(value)), delta));
-}
+// ---- quantise ------------------------------------------------------------------------------------------------------
 
-// Smallest and largest of a warp, for all its lanes. All threads of the block call it.
-__device__ __forceinline__ void reduce_warp(float* lo, float* hi, float (*shared)[2]) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
+struct Feedback {
+  const float* error;  // null: there is none yet
+  float* next;
+  float unscale;
+  bool wide;
+};
+
+// A bucket of a warp: lane l has elements piece * 128 + 4 * l + 0..3 that exist. Nothing is computed before the last
+// load is on its way.
+template <typename Element, int kInRow, bool kFeedback>
+__device__ __forceinline__ void load_bucket(const typename Element::Stored* x, int count, int lane, bool wide,
+                                            const Feedback& feedback, int64_t start, float (&value)[kInRow][4]) {
+  Four<typename Element::Stored> raw[kInRow];
+  Four<uint32_t> error[kInRow];
+  const uint32_t* const errors = reinterpret_cast<const uint32_t*>(feedback.error);
+  const bool whole = count == kInRow * kPiece && wide && (!kFeedback || feedback.wide);
 #pragma unroll
-  for (unsigned delta = 1; delta < 32; delta *= 2) {
-    const float low = from_lane_below(*lo, delta), high = from_lane_below(*hi, delta);
-    *lo = low < *lo ? low : *lo;
-    *hi = high > *hi ? high : *hi;
+  for (int c = 0; c < kInRow; ++c) {
+    const int e = c * kPiece + 4 * lane, valid = count - e < 4 ? count - e : 4;
+    if (whole) {
+      raw[c] = load_wide(x + start + e);
+      if (kFeedback && errors) error[c] = load_wide(errors + start + e);
+    } else if (valid > 0) {
+      raw[c] = load_four(x + start + e, valid, wide);
+      if (kFeedback && errors) error[c] = load_four(errors + start + e, valid, feedback.wide);
+    }
   }
-  if (threadIdx.x % 32 == 31) {
-    shared[warp][0] = *lo;
-    shared[warp][1] = *hi;
-  }
-  __syncthreads();
-  *lo = shared[warp][0];
-  *hi = shared[warp][1];
-  __syncthreads();
-}
-
-// Codes of eight elements from word `index` of the stream on, a multiple of 8.
-template <typename Element, int kBits>
-__device__ __forceinline__ uint64_t codes_of(const Eight<typename Element::Stored>& x, int valid, const Scale& scale,
-                                             float factor, uint64_t key, uint64_t index, int bits) {
-  const uint32_t most = (1u << bits) - 1;
-  uint64_t group = 0;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const keyed::Block random = keyed::words(key, index / 4 + static_cast<uint64_t>(half));
-    uint32_t four = 0;
+  for (int c = 0; c < kInRow; ++c) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int e = 4 * half + i;
-      const uint32_t code = code_of(Element::load(x.one[e]), scale.lo, factor, random.word[i], most);
-      if (e < valid) four |= code << (i * bits);
+      if (c * kPiece + 4 * lane >= count) {
+        value[c][i] = 0.0f;
+        continue;
+      }
+      value[c][i] = Element::load(raw[c].one[i]);
+      if (kFeedback) {
+        const float before = errors ? __uint_as_float(error[c].one[i]) : kNoError;
+        value[c][i] = corrected(value[c][i], feedback.unscale, before);
+      }
     }
-    group |= static_cast<uint64_t>(four) << (4 * half * bits);
   }
-  return group;
 }
 
-template <typename Element, int kGroups, int kBits>
-__global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const typename Element::Stored* __restrict__ x, int64_t n, uint64_t key, int any_bits,
-                    int64_t bucket, int64_t buckets, uint8_t* __restrict__ payload, bool wide) {
-  __shared__ float shared[kWarps][2];
-  const int bits = kBits ? kBits : any_bits;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  for (int64_t first = int64_t{blockIdx.x} * kWarps; first < buckets; first += int64_t{gridDim.x} * kWarps) {
-    const int64_t j = first + threadIdx.x / 32, start = j * bucket;
-    const int64_t left = n - start < bucket ? n - start : bucket;
-    const int count = j < buckets ? static_cast<int>(left) : 0;
-    Eight<typename Element::Stored> group[kGroups];
-    float lo = __uint_as_float(0x7f800000u), hi = -lo;
-    bool bad = false;
+// Scale of the bucket, on all lanes.
+template <int kInRow>
+__device__ __forceinline__ Scale scale_of_warp(const float (&value)[kInRow][4], int count, int lane, int bits) {
+  float lo = __uint_as_float(0x7f800000u), hi = -lo;
+  bool bad = false;  // NaN; infinity shows in the range
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const int e = (g * 32 + lane) * kGroup;
-      if (e >= count) continue;
-      load_eight(x + start + e, count - e < kGroup ? count - e : kGroup, wide, group[g]);
+  for (int c = 0; c < kInRow; ++c) {
+    if (c * kPiece + 4 * lane >= count) continue;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {  // those that do not exist repeat the first
-        const float value = Element::load(group[g].one[i]);
-        lo = value < lo ? value : lo;
-        hi = value > hi ? value : hi;
-        bad |= !is_finite(value);
+    for (int i = 0; i < 4; ++i) {  // those that do not exist repeat the first
+      lo = smaller_of(lo, value[c][i]);
+      hi = larger_of(hi, value[c][i]);
+      bad |= value[c][i] != value[c][i];
+    }
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    lo = smaller_of(lo, from_lane_across(lo, mask));
+    hi = larger_of(hi, from_lane_across(hi, mask));
+  }
+  return scale_of(lo, hi, __ballot_sync(0xffffffffu, bad) != 0, bits);
+}
+
+// The codes of a bucket, and what they lose.
+template <int kInRow, int kBits, bool kFeedback>
+__device__ __forceinline__ void write_codes(const float (&value)[kInRow][4], int count, int lane, const Scale& scale,
+                                            int bits, uint64_t key, uint64_t block, uint8_t* codes, float* next,
+                                            bool wide) {
+  const uint32_t most = (1u << bits) - 1;
+  const float factor = factor_of(scale);
+  const uint32_t keep = factor == 0.0f ? 0 : ~0u;  // a mask, since a branch would make the compiler draw in each of four
+  uint8_t* const mine = codes + (kBits == 4 ? 2 * lane : lane / 2 * bits);
+#pragma unroll
+  for (int pair = 0; pair < kInRow / 2; ++pair) {
+    if (pair * kOfBlocks >= count) break;  // the same for all lanes
+    const keyed::Block random = keyed::words(key, block + static_cast<uint64_t>(32 * pair + lane));
+#pragma unroll
+    for (int c = 2 * pair; c < 2 * pair + 2; ++c) {
+      const int left = count - c * kPiece - 4 * lane, valid = left < 4 ? left : 4;
+      uint32_t four = 0;
+      Four<uint32_t> error;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t word = random.word[2 * (c % 2) + i / 2], half = i % 2 ? word >> 16 : word & 0xffffu;
+        const uint32_t code = code_of(value[c][i], scale.lo, factor, half, most) & keep;
+        four += code << (i * bits);
+        if (kFeedback) error.one[i] = static_cast<uint32_t>(keyed::bits_of(value[c][i] - value_of(scale, code)));
+      }
+      if (valid < 4) four &= valid > 0 ? (1u << (valid * bits)) - 1 : 0u;
+      store_codes<kBits>(mine + c * (kPiece / 8) * bits, four, bits, left);
+      if (kFeedback && valid > 0) {
+        store_four(reinterpret_cast<uint32_t*>(next) + c * kPiece + 4 * lane, valid, wide, error);
       }
     }
-    bad = __ballot_sync(0xffffffffu, bad) != 0;
-    reduce_warp(&lo, &hi, shared);
-    if (count == 0) continue;
-    const Scale scale = scale_of(lo, hi, bad, bits);
-    const float factor = factor_of(scale);
-    if (lane == 0) *reinterpret_cast<Scale*>(payload + 8 * j) = scale;
-    uint8_t* const codes = payload + 8 * buckets + start / 8 * bits;
+  }
+}
+
+// Blocks of a multiprocessor: as many as leave the registers that a bucket needs.
+constexpr int resident(int in_row, int bits, bool feedback) {
+  return in_row > 4 ? (feedback ? 1 : 2) : feedback ? 2 : bits == 4 ? 4 : 3;
+}
+
+template <typename Element, int kInRow, int kBits, bool kFeedback>
+__global__ void __launch_bounds__(kThreads, resident(kInRow, kBits, kFeedback))
+    quantize_kernel(const typename Element::Stored* x, Feedback feedback, int64_t n, uint64_t key, int any_bits,
+                    int64_t bucket, int64_t buckets, uint8_t* __restrict__ payload, bool wide) {
+  const int bits = kBits ? kBits : any_bits;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  uint8_t* const codes = payload + 8 * buckets;
+  for (int64_t j = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; j < buckets; j += int64_t{gridDim.x} * kWarps) {
+    const int64_t start = j * bucket, left = n - start < bucket ? n - start : bucket;
+    const int count = static_cast<int>(left);
+    float value[kInRow][4];
+    load_bucket<Element, kInRow, kFeedback>(x, count, lane, wide, feedback, start, value);
+    const Scale scale = scale_of_warp(value, count, lane, bits);
+    if (lane == 0) *reinterpret_cast<uint2*>(payload + 8 * j) =
+        uint2{static_cast<uint32_t>(keyed::bits_of(scale.lo)), static_cast<uint32_t>(keyed::bits_of(scale.unit))};
+    write_codes<kInRow, kBits, kFeedback>(value, count, lane, scale, bits, key, first_block(j, bucket),
+                                          codes + start / 8 * bits, feedback.next + start, feedback.wide);
+  }
+}
+
+// ---- dequantise ----------------------------------------------------------------------------------------------------
+
+struct Payloads {
+  const uint8_t* first;
+  int64_t ranks, stride, buckets, bytes;  // bytes: of the codes of one
+  uint32_t fours;                         // groups of four elements in a bucket
+  int shift;                              // log2 of `fours`, or -1
+
+  __device__ __forceinline__ uint32_t bucket_of(uint32_t four) const { return shift >= 0 ? four >> shift : four / fours; }
+};
+
+// The sums of kPieces pieces from `base` on; kWhole: all exist and `out` suits wide access.
+template <typename Element, bool kAccumulate, int kBits, bool kWhole>
+__device__ __forceinline__ void add_pieces(const Payloads& in, int64_t base, int64_t n, int bits, float weight,
+                                           typename Element::Stored* out, bool wide) {
+  const uint32_t mask = (1u << bits) - 1;
+  float sum[kPieces][4];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const int e = (g * 32 + lane) * kGroup;
-      if (e >= count) continue;
-      const int valid = count - e < kGroup ? count - e : kGroup;
-      uint64_t packed = 0;
-      if (factor != 0.0f) {
-        packed = codes_of<Element, kBits>(group[g], valid, scale, factor, key, static_cast<uint64_t>(start + e), bits);
+  for (int c = 0; c < kPieces; ++c) {
+    const int64_t e = base + c * kPiece, left = n - e;
+    Four<typename Element::Stored> before;
+    if (kAccumulate && (kWhole || left > 0)) {
+      before = kWhole ? load_wide(out + e) : load_four(out + e, left < 4 ? static_cast<int>(left) : 4, wide);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum[c][i] = kAccumulate && (kWhole || left > 0) ? Element::load(before.one[i]) : kNoError;
+    }
+  }
+  for (int64_t rank = 0; rank < in.ranks; ++rank) {
+    const uint8_t* const payload = in.first + rank * in.stride;
+    uint32_t four[kPieces];
+    uint2 scales[kPieces];
+#pragma unroll
+    for (int c = 0; c < kPieces; ++c) {
+      const int64_t e = base + c * kPiece;
+      four[c] = 0;
+      scales[c] = uint2{0, 0};
+      if (kWhole || e < n) {
+        four[c] = load_codes<kBits>(payload + 8 * in.buckets, e, bits, in.bytes);
+        scales[c] = reinterpret_cast<const uint2*>(payload)[in.bucket_of(static_cast<uint32_t>(e / 4))];
       }
-      store_codes<kBits>(codes + e / 8 * bits, packed, bits, valid);
+    }
+#pragma unroll
+    for (int c = 0; c < kPieces; ++c) {
+      const Scale scale{__uint_as_float(scales[c].x), __uint_as_float(scales[c].y)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[c][i] = keyed::fma_rn(value_of(scale, (four[c] >> (i * bits)) & mask), weight, sum[c][i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kPieces; ++c) {
+    const int64_t e = base + c * kPiece, left = n - e;
+    Four<typename Element::Stored> made;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) made.one[i] = Element::store(sum[c][i]);
+    if (kWhole) {
+      store_wide(out + e, made);
+    } else if (left > 0) {
+      store_four(out + e, left < 4 ? static_cast<int>(left) : 4, wide, made);
     }
   }
 }
 
 template <typename Element, bool kAccumulate, int kBits>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint8_t* __restrict__ payload, int64_t n, int any_bits, uint32_t groups_of_bucket,
-                      int64_t buckets, float weight, typename Element::Stored* __restrict__ out, uint32_t groups,
-                      bool wide) {
+    dequantize_kernel(const Payloads in, int64_t n, int any_bits, float weight, typename Element::Stored* out,
+                      int64_t tasks, bool wide) {
   const int bits = kBits ? kBits : any_bits;
-  const uint32_t mask = (1u << bits) - 1;
-  for (int64_t g = int64_t{blockIdx.x} * kThreads + threadIdx.x; g < groups; g += int64_t{gridDim.x} * kThreads) {
-    const uint32_t group = static_cast<uint32_t>(g);
-    const Scale scale = *reinterpret_cast<const Scale*>(payload + 8 * int64_t{group / groups_of_bucket});
-    const int64_t left = n - g * kGroup;
-    const int valid = left < kGroup ? static_cast<int>(left) : kGroup;
-    const uint64_t packed = load_codes<kBits>(payload + 8 * buckets + g * bits, bits, valid);
-    Eight<typename Element::Stored> made;
-    if (kAccumulate) load_eight(out + g * kGroup, valid, wide, made);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t four = static_cast<uint32_t>(packed >> (4 * half * bits));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int e = 4 * half + i;
-        const float value = value_of(scale, (four >> (i * bits)) & mask);
-        const float sum = kAccumulate ? keyed::fma_rn(value, weight, Element::load(made.one[e])) : value * weight;
-        made.one[e] = Element::store(sum);
-      }
+  const int64_t stride = int64_t{gridDim.x} * kWarps;
+  for (int64_t task = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; task < tasks; task += stride) {
+    const int64_t first = task * (kPieces * kPiece), base = first + 4 * (threadIdx.x % 32);
+    if (wide && first + kPieces * kPiece <= n) {
+      add_pieces<Element, kAccumulate, kBits, true>(in, base, n, bits, weight, out, wide);
+    } else {
+      add_pieces<Element, kAccumulate, kBits, false>(in, base, n, bits, weight, out, wide);
     }
-    store_eight(out + g * kGroup, valid, wide, made);
   }
 }
+
+// ---- launches ------------------------------------------------------------------------------------------------------
 
 unsigned blocks_for(int64_t tasks, int of_block) {
   const int64_t blocks = (tasks + of_block - 1) / of_block;
   return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
 }
 
-bool is_wide(const void* address) { return reinterpret_cast<uintptr_t>(address) % sizeof(uint4) == 0; }
-
 bool has_code(int64_t n, int bits, int64_t bucket) {
-  return n >= 1 && n <= kMostGroups * kGroup && bits >= 2 && bits <= 8 && bucket >= kGroup && bucket <= kMostBucket &&
+  return n >= 1 && n <= kMostElements && bits >= 2 && bits <= 8 && bucket >= kGroup && bucket <= kMostBucket &&
          bucket % kGroup == 0;
 }
 
 struct Quantize {
   const void* x;
+  Feedback feedback;
   int64_t n;
   uint64_t key;
   int bits;
@@ -242,31 +298,31 @@ struct Quantize {
   uint8_t* payload;
   cudaStream_t stream;
 
-  template <typename Element, int kGroups, int kBits>
+  template <typename Element, int kInRow, int kBits, bool kFeedback>
   cudaError_t launch() const {
     const int64_t buckets = buckets_of(n, bucket);
     const auto* const from = static_cast<const typename Element::Stored*>(x);
-    const bool wide = is_wide(x);
-    const auto kernel = quantize_kernel<Element, kGroups, kBits>;
-    kernel<<<blocks_for(buckets, kWarps), kThreads, 0, stream>>>(from, n, key, bits, bucket, buckets, payload, wide);
+    const bool wide = is_wide(from);
+    const auto kernel = quantize_kernel<Element, kInRow, kBits, kFeedback>;
+    kernel<<<blocks_for(buckets, kWarps), kThreads, 0, stream>>>(from, feedback, n, key, bits, bucket, buckets, payload,
+                                                                 wide);
     return cudaGetLastError();
   }
-  template <typename Element, int kGroups>
-  cudaError_t with_groups() const {
-    return bits == 4 ? launch<Element, kGroups, 4>() : launch<Element, kGroups, 0>();
+  template <typename Element, int kInRow>
+  cudaError_t with_pieces() const {
+    if (feedback.next) return bits == 4 ? launch<Element, kInRow, 4, true>() : launch<Element, kInRow, 0, true>();
+    return bits == 4 ? launch<Element, kInRow, 4, false>() : launch<Element, kInRow, 0, false>();
   }
   template <typename Element>
   cudaError_t run() const {
-    if (bucket <= 256) return with_groups<Element, 1>();
-    return bucket <= 512 ? with_groups<Element, 2>() : with_groups<Element, 4>();
+    return bucket <= 4 * kPiece ? with_pieces<Element, 4>() : with_pieces<Element, 8>();
   }
 };
 
 struct Dequantize {
-  const uint8_t* payload;
+  Payloads in;
   int64_t n;
   int bits;
-  int64_t bucket;
   float weight;
   bool accumulate;
   void* out;
@@ -274,13 +330,11 @@ struct Dequantize {
 
   template <typename Element, bool kAccumulate, int kBits>
   cudaError_t launch() const {
-    const int64_t buckets = buckets_of(n, bucket), groups = buckets_of(n, kGroup);
+    const int64_t tasks = buckets_of(n, kPieces * kPiece);
     auto* const to = static_cast<typename Element::Stored*>(out);
-    const bool wide = is_wide(out);
+    const bool wide = is_wide(to);
     const auto kernel = dequantize_kernel<Element, kAccumulate, kBits>;
-    kernel<<<blocks_for(groups, kThreads), kThreads, 0, stream>>>(
-        payload, n, bits, static_cast<uint32_t>(bucket / kGroup), buckets, weight, to, static_cast<uint32_t>(groups),
-        wide);
+    kernel<<<blocks_for(tasks, kWarps), kThreads, 0, stream>>>(in, n, bits, weight, to, tasks, wide);
     return cudaGetLastError();
   }
   template <typename Element, bool kAccumulate>
@@ -293,18 +347,6 @@ struct Dequantize {
   }
 };
 
-template <typename Work>
-cudaError_t with_element(const Work& work, int dtype, int device) {
-  const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
-  switch (dtype) {
-    case kFloat32: return work.template run<Float32>();
-    case kBfloat16: return work.template run<Bfloat16>();
-    case kFloat16: return work.template run<Float16>();
-    default: return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 extern "C" {
@@ -313,17 +355,27 @@ int ds_efficient_lgreco_quantize_version() { return DS_EFFICIENT_LGRECO_QUANTIZE
 
 const char* ds_efficient_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int ds_efficient_lgreco_quantize(const void* x, int64_t n, uint64_t key, int bits, int64_t bucket, void* payload,
-                                 int dtype, int device, cudaStream_t stream) {
+int ds_efficient_lgreco_quantize(const void* x, const float* error, float* new_error, double unscale, int64_t n,
+                                 uint64_t key, int bits, int64_t bucket, void* payload, int dtype, int device,
+                                 cudaStream_t stream) {
   if (!has_code(n, bits, bucket)) return cudaErrorInvalidValue;
-  return with_element(Quantize{x, n, key, bits, bucket, static_cast<uint8_t*>(payload), stream}, dtype, device);
+  const bool wide = is_wide(reinterpret_cast<const uint32_t*>(error)) &&
+                    is_wide(reinterpret_cast<const uint32_t*>(new_error));
+  const Feedback feedback{error, new_error, static_cast<float>(unscale), wide};
+  const Quantize work{x, feedback, n, key, bits, bucket, static_cast<uint8_t*>(payload), stream};
+  return with_element(work, dtype, device);
 }
 
-int ds_efficient_lgreco_dequantize(const void* payload, int64_t n, int bits, int64_t bucket, double weight,
-                                   int accumulate, void* out, int dtype, int device, cudaStream_t stream) {
-  if (!has_code(n, bits, bucket)) return cudaErrorInvalidValue;
-  const Dequantize work{static_cast<const uint8_t*>(payload), n,   bits,  bucket, static_cast<float>(weight),
-                        accumulate != 0,                      out, stream};
+int ds_efficient_lgreco_dequantize(const void* payload, int64_t ranks, int64_t stride, int64_t n, int bits,
+                                   int64_t bucket, double weight, int accumulate, void* out, int dtype, int device,
+                                   cudaStream_t stream) {
+  if (!has_code(n, bits, bucket) || ranks < 1 || stride % 8) return cudaErrorInvalidValue;
+  const int64_t fours = bucket / 4;
+  int shift = 0;
+  while ((int64_t{1} << shift) < fours) ++shift;
+  const Payloads in{static_cast<const uint8_t*>(payload), ranks, stride, buckets_of(n, bucket), (n * bits + 7) / 8,
+                    static_cast<uint32_t>(fours), (int64_t{1} << shift) == fours ? shift : -1};
+  const Dequantize work{in, n, bits, static_cast<float>(weight), accumulate != 0, out, stream};
   return with_element(work, dtype, device);
 }
 
