@@ -30,9 +30,10 @@ class Library(NativeLibrary):
         addresses = (ctypes.c_void_p * count)(*(matrix.data_ptr() for matrix in matrices))
         rows = (ctypes.c_int64 * count)(*(matrix.shape[0] for matrix in matrices))
         columns = (ctypes.c_int64 * count)(*(matrix.shape[1] for matrix in matrices))
+        scratch = self._scratch(matrices)  # held until the call is made
         self.call(
             "orthonormalize", matrices[0], ctypes.addressof(addresses), ctypes.addressof(rows),
-            ctypes.addressof(columns), count, *(memory.data_ptr() for memory in self._scratch(matrices)),
+            ctypes.addressof(columns), count, *(memory.data_ptr() for memory in scratch),
         )  # fmt: skip
 
     def _scratch(self, matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
