@@ -7,7 +7,9 @@ raises, dies or exceeds the time-out fails the test with its number, its traceba
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import multiprocessing as mp
 import os
 import socket
@@ -25,6 +27,7 @@ PATHS = [str(ROOT), str(ROOT / "launch"), str(ROOT / "tests")]
 IMPORT_SECONDS = 120.0
 
 _started = False
+_numbers = itertools.count(97 * os.getpid())
 
 
 class RankError(AssertionError):
@@ -32,10 +35,20 @@ class RankError(AssertionError):
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing listens on, another one at each call.
+
+    Not one that the system hands out by itself: it could give it to somebody else before it is used.
+    Processes that run tests beside each other have ranges of their own.
+    """
+    first, last = 10000, 29000
+    width = (last - first) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    first += width * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for _ in range(width):
+        port = first + next(_numbers) % width
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RankError(f"no port from {first} to {first + width} is free")
 
 
 def _rank(
