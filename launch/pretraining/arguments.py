@@ -164,7 +164,7 @@ def _add_precision(group: argparse._ArgumentGroup) -> None:
     add("--no-bias-gelu-fusion", action="store_true", help="no compiled bias + GELU (GPU)")
     add("--no-bias-swiglu-fusion", action="store_true", help="no compiled bias + SwiGLU (GPU)")
     add("--no-bias-dropout-fusion", action="store_true", help="no compiled bias + dropout + add (GPU)")
-    add("--no-rope-fusion", action="store_true", help="megatron-core's rotary embedding, not in one kernel (GPU)")
+    add("--no-rope-fusion", action="store_true", help="the rotary embedding in several kernels (GPU)")
     add("--no-cross-entropy-fusion", action="store_true", help="no fused cross entropy (GPU)")
 
 
