@@ -17,6 +17,7 @@ from ds_efficient.ops.cusparselt_cache import (
 )
 from ds_efficient.ops.cusparselt_operand import Layout, SparseOperand, find_layout, is_current
 from ds_efficient.ops.cusparselt_plans import Plan
+from ds_efficient.ops.registration import define_operators
 
 TOKEN_MULTIPLE = 16
 
@@ -182,16 +183,11 @@ def _multiply_fake(buffer: Tensor, x: Tensor, rows: int, k: int, tiles: int) -> 
     return x.new_empty((x.shape[0], rows))
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    name = "slope_sparse_multiply"
-    library.define(
-        f"{name}(Tensor operand, Tensor x, SymInt rows, SymInt k, SymInt tiles) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    library.impl(name, _multiply_op, "CUDA")
-    torch.library.register_fake(f"ds_efficient::{name}", _multiply_fake, lib=library)
-    return library
-
-
-_LIBRARY = _register()
+_LIBRARY = define_operators(
+    (
+        "slope_sparse_multiply(Tensor operand, Tensor x, SymInt rows, SymInt k, SymInt tiles) -> Tensor",
+        _multiply_op,
+        _multiply_fake,
+    ),
+    dispatch_key="CUDA",
+)

@@ -23,6 +23,7 @@ from ds_efficient.ops import lgreco_orthonormal_reference as reference
 from ds_efficient.ops.lgreco_orthonormal_native import CudaLibrary, Library
 from ds_efficient.ops.lgreco_orthonormal_reference import MOST_COLUMNS
 from ds_efficient.ops.native import is_plain
+from ds_efficient.ops.registration import define_operators
 
 __all__ = ["BACKENDS", "MOST_COLUMNS", "orthonormalize_"]
 
@@ -87,13 +88,6 @@ def _fake(matrices: Sequence[Tensor], backend: str) -> None:
     return None
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    name = "lgreco_orthonormalize_"
-    library.define(f"{name}(Tensor(a!)[] matrices, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, _orthonormalize, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ds_efficient::{name}", _fake, lib=library)
-    return library
-
-
-OPERATORS = _register()  # the operator exists as long as this object
+OPERATORS = define_operators(
+    ("lgreco_orthonormalize_(Tensor(a!)[] matrices, str backend) -> ()", _orthonormalize, _fake)
+)

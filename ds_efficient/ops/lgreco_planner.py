@@ -13,6 +13,7 @@ from torch import Tensor
 from ds_efficient.errors import UserError
 from ds_efficient.ops import lgreco_planner_reference as reference
 from ds_efficient.ops.lgreco_planner_native import Library
+from ds_efficient.ops.registration import define_operators
 
 __all__ = ["BACKENDS", "plan"]
 
@@ -86,15 +87,10 @@ def _plan_fake(offsets: Tensor, cells: Tensor, costs: Tensor, capacity: int, bac
     return offsets.new_empty(offsets.shape[0] - 1)
 
 
-def _register() -> torch.library.Library:
-    """Define the operator; it exists as long as the returned object."""
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    library.define(
-        "lgreco_plan(Tensor offsets, Tensor cells, Tensor costs, int capacity, str backend) -> Tensor"
+OPERATORS = define_operators(
+    (
+        "lgreco_plan(Tensor offsets, Tensor cells, Tensor costs, int capacity, str backend) -> Tensor",
+        _plan,
+        _plan_fake,
     )
-    library.impl("lgreco_plan", _plan, "CompositeExplicitAutograd")
-    torch.library.register_fake("ds_efficient::lgreco_plan", _plan_fake, lib=library)
-    return library
-
-
-OPERATORS = _register()
+)

@@ -25,6 +25,7 @@ from ds_efficient.ops import lgreco_quantize_reference as reference
 from ds_efficient.ops.lgreco_quantize_native import Library
 from ds_efficient.ops.lgreco_quantize_reference import GROUP, MOST_BUCKET, payload_bytes
 from ds_efficient.ops.native import is_plain
+from ds_efficient.ops.registration import define_operators
 
 __all__ = [
     "BACKENDS",
@@ -251,26 +252,17 @@ def _fake(*_: object) -> None:
     return None
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    end = "int bits, int bucket"
-    for name, schema, run in (
-        (
-            "quantize_",
-            "(Tensor x, Tensor? error, Tensor(a!) out, Tensor(b!)? new_error, int key, "
-            f"{end}, float unscale, str backend) -> ()",
-            _quantize,
-        ),
-        (
-            "dequantize_",
-            f"(Tensor(a!) out, Tensor payloads, {end}, float weight, bool accumulate, str backend) -> ()",
-            _dequantize,
-        ),
-    ):
-        library.define(f"lgreco_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(f"lgreco_{name}", run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ds_efficient::lgreco_{name}", _fake, lib=library)
-    return library
-
-
-OPERATORS = _register()  # the operators exist as long as this object
+OPERATORS = define_operators(
+    (
+        "lgreco_quantize_(Tensor x, Tensor? error, Tensor(a!) out, Tensor(b!)? new_error, int key, "
+        "int bits, int bucket, float unscale, str backend) -> ()",
+        _quantize,
+        _fake,
+    ),
+    (
+        "lgreco_dequantize_(Tensor(a!) out, Tensor payloads, int bits, int bucket, float weight, "
+        "bool accumulate, str backend) -> ()",
+        _dequantize,
+        _fake,
+    ),
+)

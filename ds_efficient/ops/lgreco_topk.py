@@ -30,6 +30,7 @@ from ds_efficient.ops.lgreco_quantize_reference import Feedback
 from ds_efficient.ops.lgreco_topk_native import CudaLibrary, Library
 from ds_efficient.ops.lgreco_topk_reference import INT32_LIMIT, index_dtype
 from ds_efficient.ops.native import is_plain
+from ds_efficient.ops.registration import define_operators
 
 __all__ = ["BACKENDS", "DTYPES", "payload_bytes", "scatter_", "select"]
 
@@ -186,26 +187,17 @@ def _fake(*_: object) -> None:
     return None
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    for name, schema, run in (
-        (
-            "select_",
-            "(Tensor x, Tensor? error, Tensor(a!) out, Tensor(b!)? new_error, int k, float unscale, "
-            "str backend) -> ()",
-            _select,
-        ),
-        (
-            "scatter_",
-            "(Tensor(a!) out, Tensor payload, int k, ScalarType sent, float weight, bool accumulate, "
-            "str backend) -> ()",
-            _scatter,
-        ),
-    ):
-        library.define(f"lgreco_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(f"lgreco_{name}", run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ds_efficient::lgreco_{name}", _fake, lib=library)
-    return library
-
-
-OPERATORS = _register()  # the operators exist as long as this object
+OPERATORS = define_operators(
+    (
+        "lgreco_select_(Tensor x, Tensor? error, Tensor(a!) out, Tensor(b!)? new_error, int k, "
+        "float unscale, str backend) -> ()",
+        _select,
+        _fake,
+    ),
+    (
+        "lgreco_scatter_(Tensor(a!) out, Tensor payload, int k, ScalarType sent, float weight, "
+        "bool accumulate, str backend) -> ()",
+        _scatter,
+        _fake,
+    ),
+)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ds_efficient.errors import OpBuildError
 from ds_efficient.ops import mkor_reference as reference
 from ds_efficient.ops.mkor_native import CudaLibrary, Library
+from ds_efficient.ops.registration import define_operators
 
 
 def update_(
@@ -76,25 +77,17 @@ def _rescale_fake(
     return gradients[0].new_empty(len(counts), 3, dtype=torch.float64)
 
 
-def _register() -> torch.library.Library:
-    """Define the operators; `torch.library.custom_op` would add 50 microseconds to each call."""
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    library.define(
+LIBRARY = define_operators(
+    (
         "mkor_update_(Tensor(a!)[] matrices, Tensor vectors, Tensor(b!) largest, float gamma, "
         "float threshold, float zeta, str backend) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    library.impl("mkor_update_", update_, "CompositeExplicitAutograd")
-    torch.library.register_fake("ds_efficient::mkor_update_", _update_fake, lib=library)
-    library.define(
+        update_,
+        _update_fake,
+    ),
+    (
         "mkor_rescale_(Tensor(a!)[] gradients, Tensor[] products, int[] counts, bool subtract, "
         "str backend) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    library.impl("mkor_rescale_", rescale_, "CompositeExplicitAutograd")
-    torch.library.register_fake("ds_efficient::mkor_rescale_", _rescale_fake, lib=library)
-    return library
-
-
-LIBRARY = _register()
-"""The operators exist as long as this object."""
+        rescale_,
+        _rescale_fake,
+    ),
+)

@@ -22,6 +22,7 @@ from ds_efficient.errors import UserError
 from ds_efficient.ops import random_ltd_reference as reference
 from ds_efficient.ops.native import is_plain
 from ds_efficient.ops.random_ltd_native import Library
+from ds_efficient.ops.registration import define_operators
 
 _UNSIGNED = 2**64 - 1
 
@@ -313,32 +314,22 @@ class ReturnTokens(torch.autograd.Function):
         return grad if of_x else None, dpart, None, None, None
 
 
-def _register() -> torch.library.Library:
-    """Define the operators; `torch.library.custom_op` would add 50 microseconds to each call."""
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    x, part, end = (
-        "Tensor x, Tensor index",
-        "Tensor x, Tensor part, Tensor index",
-        "bool batch_first, str backend",
+_X, _PART, _END = "Tensor x, Tensor index", "Tensor part, Tensor index", "bool batch_first, str backend"
+LIBRARY = define_operators(
+    (
+        "ltd_sample(int[] keys, SymInt length, SymInt keep, SymInt batch, Device device, str backend)"
+        " -> Tensor",
+        sample,
+        _sample_fake,
+    ),
+    (f"ltd_gather({_X}, {_END}) -> Tensor", gather, _gather_fake),
+    (f"ltd_put_(Tensor(a!) x, {_PART}, {_END}) -> ()", put, _put_fake),
+    (f"ltd_scatter(Tensor x, {_PART}, {_END}) -> Tensor", scatter, _scatter_fake),
+    (f"ltd_spread({_PART}, SymInt length, {_END}) -> Tensor", spread, _spread_fake),
+    (f"ltd_erase({_X}, {_END}) -> Tensor", erase, _erase_fake),
+    (f"ltd_split({_X}, {_END}) -> (Tensor, Tensor)", split, _split_fake),
+)
+for _name, (_, _backward) in _BACKWARD.items():
+    torch.library.register_autograd(
+        f"ds_efficient::ltd_{_name}", _backward, setup_context=_remember, lib=LIBRARY
     )
-    choice = "int[] keys, SymInt length, SymInt keep, SymInt batch, Device device, str backend"
-    for name, schema, run, fake in (
-        ("sample", f"({choice}) -> Tensor", sample, _sample_fake),
-        ("gather", f"({x}, {end}) -> Tensor", gather, _gather_fake),
-        ("put_", f"(Tensor(a!) x, Tensor part, Tensor index, {end}) -> ()", put, _put_fake),
-        ("scatter", f"({part}, {end}) -> Tensor", scatter, _scatter_fake),
-        ("spread", f"(Tensor part, Tensor index, SymInt length, {end}) -> Tensor", spread, _spread_fake),
-        ("erase", f"({x}, {end}) -> Tensor", erase, _erase_fake),
-        ("split", f"({x}, {end}) -> (Tensor, Tensor)", split, _split_fake),
-    ):
-        library.define(f"ltd_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(f"ltd_{name}", run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ds_efficient::ltd_{name}", fake, lib=library)
-        if name in _BACKWARD:
-            torch.library.register_autograd(
-                f"ds_efficient::ltd_{name}", _BACKWARD[name][1], setup_context=_remember, lib=library
-            )
-    return library
-
-
-LIBRARY = _register()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_efficient.errors import UserError
 from ds_efficient.ops import rmm_reference as reference
 from ds_efficient.ops.keyed_random_native import Library as KeyedLibrary
+from ds_efficient.ops.registration import define_operators
 from ds_efficient.ops.rmm_native import HADAMARD_LIMIT, CpuLibrary, Library, Units
 from ds_efficient.ops.rmm_partition import Partition, Segment
 
@@ -338,24 +339,17 @@ def _partition(rows: int, block: int, projected: int, last_projected: int) -> Pa
     return Partition(rows, block, projected, rows % block if block else 0, last_projected)
 
 
-def _register() -> torch.library.Library:
-    """Define the operators; `torch.library.custom_op` would add 50 microseconds to each call."""
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    cut = "SymInt block, SymInt projected, SymInt last_projected"
-    for name, schema, run, fake in (
-        ("project", f"(Tensor x, int key, str sketch, {cut}, str backend) -> Tensor", project, _project_fake),
-        (
-            "matrix",
-            f"(int key, str sketch, SymInt rows, {cut}, ScalarType dtype, Device device, str backend)"
-            " -> Tensor",
-            matrix,
-            _matrix_fake,
-        ),
-    ):
-        library.define(f"rmm_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(f"rmm_{name}", run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ds_efficient::rmm_{name}", fake, lib=library)
-    return library
-
-
-LIBRARY = _register()
+_CUT = "SymInt block, SymInt projected, SymInt last_projected"
+LIBRARY = define_operators(
+    (
+        f"rmm_project(Tensor x, int key, str sketch, {_CUT}, str backend) -> Tensor",
+        project,
+        _project_fake,
+    ),
+    (
+        f"rmm_matrix(int key, str sketch, SymInt rows, {_CUT}, ScalarType dtype, Device device, str backend)"
+        " -> Tensor",
+        matrix,
+        _matrix_fake,
+    ),
+)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ds_efficient.errors import UserError
 from ds_efficient.ops import slope_reference as reference
+from ds_efficient.ops.registration import define_operators
 from ds_efficient.ops.slope_native import Library
 
 
@@ -129,60 +130,41 @@ def _operand_pattern_fake(
     return mask.new_empty(shape, dtype=dtype)
 
 
-def _register() -> torch.library.Library:
-    """Define the operators; `torch.library.custom_op` would add 50 microseconds to each call."""
-    library = torch.library.Library("ds_efficient", "FRAGMENT")
-    masks, pattern = "Tensor forward_mask, Tensor? backward_mask", "int n, int m"
-    for name, schema, run, fake in (
-        ("pack_mask", "(Tensor mask) -> Tensor", reference.pack_mask, _pack_mask_fake),
-        (
-            "unpack_mask",
-            "(Tensor packed, SymInt columns) -> Tensor",
-            reference.unpack_mask,
-            _unpack_mask_fake,
-        ),
-        (
-            "decompress",
-            f"(Tensor values, {masks}, SymInt in_features, {pattern}, str backend) -> Tensor",
-            decompress,
-            _decompress_fake,
-        ),
-        (
-            "decompress_into",
-            f"(Tensor values, {masks}, Tensor(a!) out, {pattern}, str backend) -> ()",
-            decompress_into,
-            _decompress_into_fake,
-        ),
-        (
-            "compress",
-            f"(Tensor dense, Tensor forward_mask, {pattern}, str backend) -> Tensor",
-            compress,
-            _compress_fake,
-        ),
-        (
-            "select_columns",
-            f"(Tensor values, Tensor forward_mask, SymInt in_features, {pattern}, str backend) -> Tensor",
-            _select_columns,
-            _select_columns_fake,
-        ),
-        (
-            "write_operand",
-            f"(Tensor values, {masks}, Tensor(a!) out, SymInt in_features, {pattern}, SymInt first_row, "
-            "str backend) -> ()",
-            write_operand,
-            _write_operand_fake,
-        ),
-        (
-            "operand_pattern",
-            "(Tensor mask, SymInt in_features, ScalarType dtype, bool transposed, str backend) -> Tensor",
-            _operand_pattern,
-            _operand_pattern_fake,
-        ),
-    ):
-        library.define(f"slope_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(f"slope_{name}", run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ds_efficient::slope_{name}", fake, lib=library)
-    return library
-
-
-LIBRARY = _register()
+_MASKS, _PATTERN = "Tensor forward_mask, Tensor? backward_mask", "int n, int m"
+LIBRARY = define_operators(
+    ("slope_pack_mask(Tensor mask) -> Tensor", reference.pack_mask, _pack_mask_fake),
+    ("slope_unpack_mask(Tensor packed, SymInt columns) -> Tensor", reference.unpack_mask, _unpack_mask_fake),
+    (
+        f"slope_decompress(Tensor values, {_MASKS}, SymInt in_features, {_PATTERN}, str backend) -> Tensor",
+        decompress,
+        _decompress_fake,
+    ),
+    (
+        f"slope_decompress_into(Tensor values, {_MASKS}, Tensor(a!) out, {_PATTERN}, str backend) -> ()",
+        decompress_into,
+        _decompress_into_fake,
+    ),
+    (
+        f"slope_compress(Tensor dense, Tensor forward_mask, {_PATTERN}, str backend) -> Tensor",
+        compress,
+        _compress_fake,
+    ),
+    (
+        f"slope_select_columns(Tensor values, Tensor forward_mask, SymInt in_features, {_PATTERN}, "
+        "str backend) -> Tensor",
+        _select_columns,
+        _select_columns_fake,
+    ),
+    (
+        f"slope_write_operand(Tensor values, {_MASKS}, Tensor(a!) out, SymInt in_features, {_PATTERN}, "
+        "SymInt first_row, str backend) -> ()",
+        write_operand,
+        _write_operand_fake,
+    ),
+    (
+        "slope_operand_pattern(Tensor mask, SymInt in_features, ScalarType dtype, bool transposed, "
+        "str backend) -> Tensor",
+        _operand_pattern,
+        _operand_pattern_fake,
+    ),
+)
