@@ -17,7 +17,7 @@
 namespace {
 
 using namespace ds_efficient::lgreco;
-namespace keyed = ds_efficient::keyed;
+using namespace ds_efficient;
 
 constexpr int64_t kGrain = 1 << 16;  // fewer elements than this are not worth a thread
 constexpr int64_t kSampledFrom = 1 << 16, kSamples = 1 << 13;

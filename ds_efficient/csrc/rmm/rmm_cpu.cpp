@@ -13,7 +13,7 @@ namespace {
 
 using namespace ds_efficient::rmm;
 using ds_efficient::run_parallel;
-namespace keyed = ds_efficient::keyed;
+using namespace ds_efficient;
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kTileColumns = 8;  // 24 sums in 32 registers

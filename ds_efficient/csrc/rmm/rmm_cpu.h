@@ -1,60 +1,15 @@
-// What the CPU code of the sketches is made of: element types, and the unit elements of S in panels.
+// What the CPU code of the sketches is made of: the unit elements of S in panels.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "keyed_random_lanes.h"
+#include "number_types_cpu.h"
 #include "rmm_common.h"
 
 namespace ds_efficient {
 namespace rmm {
-
-// ---- element types: storage, the type of sums, and conversions ---------------------------------------------------
-
-inline float float_of_float16(uint16_t bits) {
-  const uint32_t magnitude = bits & 0x7fffu;
-  const float subnormal = keyed::float_of(static_cast<int32_t>(0x3f000000u + magnitude)) - 0.5f;  // units of 2^-24
-  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
-  const uint32_t value = magnitude < 0x400u ? static_cast<uint32_t>(keyed::bits_of(subnormal)) : normal;
-  return keyed::float_of(static_cast<int32_t>(value | (bits & 0x8000u) << 16));
-}
-
-struct Float32 {
-  using Stored = float;
-  using Wide = float;
-  static Wide load(Stored value) { return value; }
-  static Stored store(Wide value) { return value; }
-  static float round(float value) { return value; }
-};
-
-struct Float64 {
-  using Stored = double;
-  using Wide = double;
-  static Wide load(Stored value) { return value; }
-  static Stored store(Wide value) { return value; }
-  static float round(float value) { return value; }  // elements of S are float32 numbers
-};
-
-struct Bfloat16 {
-  using Stored = uint16_t;
-  using Wide = float;
-  static Wide load(Stored value) { return keyed::float_of(static_cast<int32_t>(static_cast<uint32_t>(value) << 16)); }
-  static Stored store(Wide value) { return value == value ? keyed::bfloat16_bits(value) : 0x7fc0; }
-  static float round(float value) { return load(keyed::bfloat16_bits(value)); }
-};
-
-struct Float16 {
-  using Stored = uint16_t;
-  using Wide = float;
-  static Wide load(Stored value) { return float_of_float16(value); }
-  static Stored store(Wide value) {
-    if (value != value) return 0x7e00;
-    const uint16_t sign = value < 0 ? 0x8000 : 0;
-    return value >= 65520.0f || value <= -65520.0f ? static_cast<uint16_t>(sign | 0x7c00) : keyed::float16_bits(value);
-  }
-  static float round(float value) { return float_of_float16(keyed::float16_bits(value)); }
-};
 
 // ---- unit elements -----------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "number_types_cpu.h"
 #include "parallel.h"
 #include "rotary_common.h"
 
@@ -13,44 +14,11 @@
 
 namespace {
 
+using namespace ds_efficient;
 using namespace ds_efficient::rotary;
-namespace keyed = ds_efficient::keyed;
 
 constexpr int64_t kElementsPerThread = 1 << 15;  // fewer are not worth a thread
 enum Status { kDone = 0, kUnknown = 1, kNoMemory = 2 };
-
-// Element types: how they are stored, and the type of the arithmetic.
-template <typename T>
-struct Plain {
-  using Stored = T;
-  using Wide = T;
-  static T load(T value) { return value; }
-  static T store(T value) { return value; }
-};
-
-struct Bfloat16 {
-  using Stored = uint16_t;
-  using Wide = float;
-  static float load(uint16_t bits) { return keyed::float_of(static_cast<int32_t>(static_cast<uint32_t>(bits) << 16)); }
-  static uint16_t store(float value) { return value == value ? keyed::bfloat16_bits(value) : 0x7fc0; }
-};
-
-struct Float16 {
-  using Stored = uint16_t;
-  using Wide = float;
-  static float load(uint16_t bits) {
-    const uint32_t magnitude = bits & 0x7fffu;
-    const float subnormal = keyed::float_of(static_cast<int32_t>(0x3f000000u + magnitude)) - 0.5f;  // units of 2^-24
-    const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
-    const uint32_t value = magnitude < 0x400u ? static_cast<uint32_t>(keyed::bits_of(subnormal)) : normal;
-    return keyed::float_of(static_cast<int32_t>(value | (bits & 0x8000u) << 16));
-  }
-  static uint16_t store(float value) {
-    if (value != value) return 0x7e00;
-    const uint16_t sign = value < 0 ? 0x8000 : 0;
-    return value >= 65520.0f || value <= -65520.0f ? static_cast<uint16_t>(sign | 0x7c00) : keyed::float16_bits(value);
-  }
-};
 
 // Cosines and couplings of one token.
 template <typename Wide>
@@ -116,10 +84,10 @@ int ds_efficient_rotary_turn(const void* t, int64_t t_position, int64_t t_sample
   const Job job{t,         t_position, t_sample, t_head, out,   angles,  angle_position, angle_sample,   index, length,
                 positions, samples,    heads,    width,  rotated, scale, transposed != 0};
   switch (dtype) {
-    case kFloat32: return turn<Plain<float>>(job, threads);
+    case kFloat32: return turn<Float32>(job, threads);
     case kBfloat16: return turn<Bfloat16>(job, threads);
     case kFloat16: return turn<Float16>(job, threads);
-    case kFloat64: return turn<Plain<double>>(job, threads);
+    case kFloat64: return turn<Float64>(job, threads);
     default: return kUnknown;
   }
 }
