@@ -20,6 +20,7 @@ patches is found from the sum of the images, so no patch is ever laid out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,12 +77,76 @@ def output_sum(module: nn.Module, gradient: Tensor) -> Tensor:
     return gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=_wide(gradient))
 
 
-class LayerStatistics:
-    """The vectors of one layer over the micro-batches of a step, found by hooks.
+class RowSums:
+    """Sums of a layer's input rows and output gradients over the passes that train it, found by a hook.
+
+    Args:
+        module: the layer; its first argument is the input, its result, or the first of several, the output.
+        inputs: whether input rows are summed.
+        outputs: whether output gradients are.
+        wanted: asked in each forward pass whether it counts.
 
     Attributes:
         module: the layer.
-        rows: seen since `clear`, those of all micro-batches.
+        rows: input rows seen since `clear`, those of all micro-batches.
+        passes: backward passes that were counted since the beginning.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        inputs: bool = True,
+        outputs: bool = True,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.module = module
+        self.rows = self.passes = 0
+        self._inputs: Tensor | None = None
+        self._outputs: Tensor | None = None
+        self._sums_inputs, self._sums_outputs, self._wanted = inputs, outputs, wanted
+        self._handles: list[Any] = [module.register_forward_hook(self._forward)]
+
+    @torch.compiler.disable
+    def _forward(self, module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+        if not self._wanted():
+            return
+        output = result[0] if isinstance(result, tuple) else result
+        if not isinstance(output, Tensor) or not output.requires_grad or not arguments:
+            return
+        x = arguments[0]
+        total, rows = None, x.numel() // max(1, x.shape[-1])
+        if self._sums_inputs:
+            total, rows = input_sum(module, x)
+
+        def backward(gradient: Tensor) -> None:
+            self.rows += rows
+            self.passes += 1
+            if total is not None:
+                self._inputs = total if self._inputs is None else self._inputs + total
+            if self._sums_outputs:
+                found = output_sum(module, gradient.detach())
+                self._outputs = found if self._outputs is None else self._outputs + found
+
+        output.register_hook(backward)
+
+    def clear(self) -> None:
+        """Begin a new step."""
+        self.rows = 0
+        self._inputs = self._outputs = None
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+
+class LayerStatistics(RowSums):
+    """The vectors of one layer over the micro-batches of a step.
+
+    Attributes:
         with_bias: whether the bias is trained, so that the last column of (W | b) is there.
 
     Args:
@@ -89,29 +154,10 @@ class LayerStatistics:
     """
 
     def __init__(self, module: nn.Linear | nn.Conv2d) -> None:
-        self.module = module
-        self.rows = 0
-        self._inputs: Tensor | None = None
-        self._outputs: Tensor | None = None
         self.with_bias = module.bias is not None and module.bias.requires_grad
-        self._handles: list[Any] = [module.register_forward_hook(self._forward)]
+        super().__init__(module, outputs=not self.with_bias)
         if module.bias is not None and self.with_bias:
             self._handles.append(module.bias.register_post_accumulate_grad_hook(self._bias))
-
-    @torch.compiler.disable
-    def _forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, Tensor) or not output.requires_grad or not inputs:
-            return
-        total, rows = input_sum(module, inputs[0])
-
-        def backward(gradient: Tensor) -> None:
-            self.rows += rows
-            self._inputs = total if self._inputs is None else self._inputs + total
-            if not self.with_bias:
-                found = output_sum(module, gradient.detach())
-                self._outputs = found if self._outputs is None else self._outputs + found
-
-        output.register_hook(backward)
 
     def _bias(self, bias: Tensor) -> None:
         # The micro-batches so far, and before anybody clips it.
@@ -133,18 +179,6 @@ class LayerStatistics:
         if self.with_bias:
             a = torch.cat([a, a.new_ones(1)])
         return a, self._outputs / loss_scale
-
-    def clear(self) -> None:
-        """Begin a new step."""
-        self.rows = 0
-        self._inputs = self._outputs = None
-
-    def remove(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.clear()
 
 
 def preconditioned_layers(
