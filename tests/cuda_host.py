@@ -6,12 +6,15 @@ import ctypes
 import math
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ds_efficient.op_builder import toolchain
-from ds_efficient.op_builder.all_ops import OpSpec
+from ds_efficient.op_builder.all_ops import OpSpec, find_op
+from ds_efficient.ops.native import NativeLibrary
 
 SHIM = Path(__file__).resolve().parent / "cuda_on_host"
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -52,6 +55,30 @@ def build(spec: OpSpec, folder: Path) -> ctypes.CDLL:
     assert not any([compiler.wait() for compiler in running])
     subprocess.run([*command, "-shared", *map(str, objects), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+_Library = TypeVar("_Library", bound=NativeLibrary)
+
+
+def on_host(library: type[_Library], folder: Path) -> _Library:
+    """The functions of an op's CUDA library, built for the host, with host tensors.
+
+    Args:
+        library: its class, or one made from it.
+        folder: where files are written.
+    """
+    built = build(find_op(library.OP, "cuda"), folder)
+    made = library.__new__(library)
+    made._library, made._cuda, made._functions = built, False, {}
+    for name, arguments in library.SIGNATURES.items():
+        function = getattr(built, f"{library.PREFIX}{name}")
+        function.argtypes = (*arguments, ctypes.c_int, ctypes.c_void_p)
+        made._functions[name] = _without_threads(function)
+    return made
+
+
+def _without_threads(function: Callable[..., int]) -> Callable[..., int]:
+    return lambda *arguments: function(*arguments[:-1], 0, None)  # device and stream
 
 
 class Guarded:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from engine_steps import digest, parameter_dtype, step_over
 from pretraining.failure import is_lost_connection
 from torch import Tensor
 
@@ -81,25 +81,8 @@ def batch(number: int, micro: int, rank: int) -> Tensor:
 
 def step(engine: Any, number: int) -> float:
     """Run one optimizer step; return the loss of all ranks."""
-    total = torch.zeros(())
-    dtype = next(iter(engine.module.parameters())).dtype
-    micro_batches = engine.gradient_accumulation_steps()
-    for micro in range(micro_batches):
-        loss = engine(batch(number, micro, dist.get_rank()).to(dtype))
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / micro_batches / dist.get_world_size()
-    dist.all_reduce(total)
-    return float(total)
-
-
-def digest(engine: Any) -> str:
-    """Return a hash of all parameters."""
-    hashed = hashlib.sha256()
-    with compat.whole(engine.module.parameters()):
-        for name, value in sorted(engine.module.state_dict().items()):
-            hashed.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()
+    dtype, micro_batches = parameter_dtype(engine), range(engine.gradient_accumulation_steps())
+    return step_over(engine, (batch(number, micro, dist.get_rank()).to(dtype) for micro in micro_batches))
 
 
 def train(stage: int, precision: str, sections: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:

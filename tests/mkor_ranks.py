@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from engine_steps import parameter_dtype, step_over
 from torch import Tensor
 
 import ds_efficient
@@ -86,15 +87,8 @@ def data(number: int) -> Tensor:
 def step(engine: Any, number: int, micro: int = 2) -> float:
     """Run one optimizer step on this rank's part of the batch; return the loss of all ranks."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    dtype = next(iter(engine.module.parameters())).dtype
-    total = torch.zeros(())
-    for part in data(number).to(dtype).chunk(size)[rank].chunk(micro):
-        loss = engine(part)
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / micro / size
-    dist.all_reduce(total)
-    return float(total)
+    own = data(number).to(parameter_dtype(engine)).chunk(size)[rank]
+    return step_over(engine, own.chunk(micro))
 
 
 def weights(engine: Any) -> dict[str, list[float]]:

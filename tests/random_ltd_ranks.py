@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from engine_steps import step_over
 
 import ds_efficient
 from ds_efficient.core.keys import Key
@@ -291,16 +292,12 @@ def build(stage: int = 0, *, scheduler: Any = None, **ltd: Any) -> Any:
 def step(engine: Any, number: int, length: int = TOKENS) -> float:
     """Run one optimizer step on this rank's samples; return the loss of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    total = torch.zeros(())
-    for micro in range(MICRO_BATCHES):
+
+    def own(micro: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(100 * number + micro)
-        data = torch.randn(BATCH, length, 4, generator=generator).chunk(world)[rank]
-        loss = engine(data)
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / MICRO_BATCHES / world
-    dist.all_reduce(total)
-    return float(total)
+        return torch.randn(BATCH, length, 4, generator=generator).chunk(world)[rank]
+
+    return step_over(engine, map(own, range(MICRO_BATCHES)))
 
 
 def _technique(engine: Any) -> Any:

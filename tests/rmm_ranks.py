@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from engine_steps import digest, parameter_dtype, step_over
 from seam_product import numbers
 from seam_ranks import _input, _layer, _settings
 from torch import Tensor
 
 import ds_efficient
-from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.core.keys import Key
 from ds_efficient.ops.rmm import partition, sketch_matrix
 from ds_efficient.rmm.product import RandomizedProduct
@@ -67,24 +66,8 @@ def batch(number: int, micro: int, rank: int) -> Tensor:
 
 def step(engine: Any, number: int) -> float:
     """Run one optimizer step; return the loss of all ranks."""
-    total = torch.zeros(())
-    dtype = next(iter(engine.module.parameters())).dtype
-    for micro in range(MICRO_BATCHES):
-        loss = engine(batch(number, micro, dist.get_rank()).to(dtype))
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / MICRO_BATCHES / dist.get_world_size()
-    dist.all_reduce(total)
-    return float(total)
-
-
-def digest(engine: Any) -> str:
-    """Return a hash of all parameters and buffers."""
-    hashed = hashlib.sha256()
-    with compat.whole(engine.module.parameters()):
-        for name, value in sorted(engine.module.state_dict().items()):
-            hashed.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()
+    dtype, rank = parameter_dtype(engine), dist.get_rank()
+    return step_over(engine, (batch(number, micro, rank).to(dtype) for micro in range(MICRO_BATCHES)))
 
 
 def train(stage: int, precision: str = "fp32", **sections: Any) -> dict[str, Any]:

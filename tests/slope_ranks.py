@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from engine_steps import parameter_dtype, step_over
 
 import ds_efficient
 from ds_efficient.core import deepspeed_compat as compat
@@ -81,15 +82,9 @@ def batch(number: int, micro: int) -> torch.Tensor:
 def step(engine: Any, number: int) -> float:
     """Run one optimizer step on this rank's rows; return the loss of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    dtype = next(iter(engine.module.parameters())).dtype
-    total = torch.zeros(())
-    for micro in range(MICRO_BATCHES):
-        loss = engine(batch(number, micro).chunk(world)[rank].to(dtype))
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / MICRO_BATCHES / world
-    dist.all_reduce(total)
-    return float(total)
+    dtype = parameter_dtype(engine)
+    own = (batch(number, micro).chunk(world)[rank].to(dtype) for micro in range(MICRO_BATCHES))
+    return step_over(engine, own)
 
 
 def snapshot(engine: Any) -> dict[str, np.ndarray]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from house_rules import ROOT
-from result_files import reading_from, write
+from result_files import names_its_command, reading_from, shows_every_measurement, write
 
 
 @pytest.fixture
@@ -23,11 +19,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_what_is_not_measured_yet_names_the_command_for_it(
     results: ModuleType, part: str, tmp_path: Path
 ) -> None:
-    text = getattr(results, part)()
-    script = text.split("python ")[1].split("`")[0].split()[0]
-    assert text.startswith("Not measured yet; `python tests/perf/mkor_")
-    assert (ROOT / script).is_file()
-    assert results.figures(tmp_path) == []
+    names_its_command(results, part, tmp_path, "mkor_")
 
 
 def test_a_loss_is_reached_in_proportion_between_evaluations_or_not_at_all(results: ModuleType) -> None:
@@ -139,12 +131,4 @@ def test_a_step_shows_what_is_added(results: ModuleType, tmp_path: Path) -> None
 
 
 def test_every_measurement_in_the_repository_is_shown() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        parts = importlib.import_module("generate").PARTS
-        text = "".join(render() for name, render in parts.items() if name.startswith("mkor_"))
-    finally:
-        sys.path.remove(str(ROOT / "docs"))
-    for path in (ROOT / "docs" / "results" / "data").glob("mkor_*.csv"):
-        with open(path, newline="") as stream:
-            assert next(csv.DictReader(stream))["command"] in text, path.name
+    shows_every_measurement("mkor")

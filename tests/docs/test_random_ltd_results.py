@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from house_rules import ROOT
-from result_files import reading_from, write
+from result_files import names_its_command, reading_from, shows_every_measurement, write
 
 PARTS = ("steps", "kernels", "quality")
 
@@ -25,11 +21,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_what_is_not_measured_yet_names_the_command_for_it(
     results: ModuleType, part: str, tmp_path: Path
 ) -> None:
-    text = getattr(results, part)()
-    script = text.split("python ")[1].split("`")[0].split()[0]
-    assert text.startswith("Not measured yet; `python tests/perf/random_ltd_")
-    assert (ROOT / script).is_file()
-    assert results.figures(tmp_path) == []
+    names_its_command(results, part, tmp_path, "random_ltd_")
 
 
 def test_the_papers_schedules_are_computed_beside_its_claims(results: ModuleType) -> None:
@@ -93,12 +85,4 @@ def test_quality_compares_arms_of_one_seed_by_tokens_and_layer_tokens(
 
 
 def test_every_measurement_in_the_repository_is_shown() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        module = importlib.import_module("random_ltd_results")
-        text = "".join(getattr(module, part)() for part in PARTS)
-    finally:
-        sys.path.remove(str(ROOT / "docs"))
-    for path in (ROOT / "docs" / "results" / "data").glob("random_ltd_*.csv"):
-        with open(path, newline="") as stream:
-            assert next(csv.DictReader(stream))["command"] in text, path.name
+    shows_every_measurement("random_ltd")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_efficient.errors import UserError
-from ds_efficient.op_builder.all_ops import find_op
 from ds_efficient.ops import keyed_random
 from ds_efficient.ops import lgreco_orthonormal as op
 from ds_efficient.ops import lgreco_orthonormal_reference as reference
@@ -23,20 +21,10 @@ WAYS = ("kernel", "compiled", "reference")
 Way = Callable[[Sequence[torch.Tensor]], None]
 
 
-class HostLibrary(CudaLibrary):
-    """The function of the CUDA library with host tensors."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._cuda = False
-        function = library.ds_efficient_lgreco_orthonormalize
-        function.argtypes = (*self.SIGNATURES["orthonormalize"], ctypes.c_int, ctypes.c_void_p)
-        self._functions = {"orthonormalize": lambda *given: function(*given[:-1], 0, None)}
-
-
 @pytest.fixture(scope="module")
 def ways(tmp_path_factory) -> dict[str, Way]:
     folder = tmp_path_factory.mktemp("cuda_on_host")
-    built = HostLibrary(cuda_host.build(find_op("lgreco_orthonormal", "cuda"), folder))
+    built = cuda_host.on_host(CudaLibrary, folder)
     return {
         "kernel": built.orthonormalize,
         "compiled": Library("cpu").orthonormalize,

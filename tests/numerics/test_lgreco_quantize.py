@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cuda_host
@@ -16,7 +14,6 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from ds_efficient.errors import UserError
-from ds_efficient.op_builder.all_ops import find_op
 from ds_efficient.ops import keyed_random
 from ds_efficient.ops import lgreco_quantize as quantize
 from ds_efficient.ops import lgreco_quantize_reference as reference
@@ -26,26 +23,9 @@ KEY = 0x9E3779B97F4A7C15
 NONE = reference.Feedback()
 
 
-class HostLibrary(Library):
-    """The functions of the CUDA library with host tensors."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._cuda = False
-        self._functions = {}
-        for name, arguments in self.SIGNATURES.items():
-            function = getattr(library, f"{self.PREFIX}{name}")
-            function.argtypes = (*arguments, ctypes.c_int, ctypes.c_void_p)
-            self._functions[name] = self._without_threads(function)
-
-    @staticmethod
-    def _without_threads(function: Callable[..., int]) -> Callable[..., int]:
-        return lambda *arguments: function(*arguments[:-1], 0, None)  # device and stream
-
-
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> HostLibrary:
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    return HostLibrary(cuda_host.build(find_op("lgreco_quantize", "cuda"), folder))
+def kernels(tmp_path_factory) -> Library:
+    return cuda_host.on_host(Library, tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @pytest.fixture(scope="module")

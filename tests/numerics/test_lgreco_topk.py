@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cuda_host
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from ds_efficient.errors import UserError
-from ds_efficient.op_builder.all_ops import find_op
 from ds_efficient.ops import keyed_random
 from ds_efficient.ops import lgreco_topk as topk
 from ds_efficient.ops import lgreco_topk_reference as reference
@@ -30,18 +27,6 @@ class HostLibrary(CudaLibrary):
     """The functions of the CUDA library with host tensors; ``capacity`` replaces its own."""
 
     capacity: int | None = None
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._cuda = False
-        self._functions = {}
-        for name, arguments in self.SIGNATURES.items():
-            function = getattr(library, f"{self.PREFIX}{name}")
-            function.argtypes = (*arguments, ctypes.c_int, ctypes.c_void_p)
-            self._functions[name] = self._without_threads(function)
-
-    @staticmethod
-    def _without_threads(function: Callable[..., int]) -> Callable[..., int]:
-        return lambda *arguments: function(*arguments[:-1], 0, None)  # device and stream
 
     def found(self) -> int:
         """Candidates of the last call."""
@@ -58,8 +43,7 @@ class HostLibrary(CudaLibrary):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> HostLibrary:
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    return HostLibrary(cuda_host.build(find_op("lgreco_topk", "cuda"), folder))
+    return cuda_host.on_host(HostLibrary, tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @pytest.fixture(scope="module")

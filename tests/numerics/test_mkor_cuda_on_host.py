@@ -5,9 +5,6 @@ What the kernels compute is checked where there is no GPU: edges, alignment, bar
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-
 import cuda_host
 import mkor_factors
 import pytest
@@ -16,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_efficient.core.keys import Key
-from ds_efficient.op_builder.all_ops import find_op
 from ds_efficient.ops import keyed_random
 from ds_efficient.ops import mkor_reference as reference
 from ds_efficient.ops.mkor_native import GROUP, CudaLibrary
@@ -27,18 +23,6 @@ RULE = (0.9, 3.0, 0.8)
 class HostLibrary(CudaLibrary):
     """The functions of the library with host tensors."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._cuda = False
-        self._functions = {}
-        for name, arguments in self.SIGNATURES.items():
-            function = getattr(library, f"{self.PREFIX}{name}")
-            function.argtypes = (*arguments, ctypes.c_int, ctypes.c_void_p)
-            self._functions[name] = self._without_threads(function)
-
-    @staticmethod
-    def _without_threads(function: Callable[..., int]) -> Callable[..., int]:
-        return lambda *arguments: function(*arguments[:-1], 0, None)  # device and stream
-
     def run(self, matrices: list[torch.Tensor], vectors: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
         """Update with `RULE`; returns the outcomes."""
         outcome = torch.full((len(matrices),), -1, dtype=torch.int32)
@@ -47,7 +31,7 @@ class HostLibrary(CudaLibrary):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> HostLibrary:
-    return HostLibrary(cuda_host.build(find_op("mkor", "cuda"), tmp_path_factory.mktemp("cuda_on_host")))
+    return cuda_host.on_host(HostLibrary, tmp_path_factory.mktemp("cuda_on_host"))
 
 
 def guarded(matrix: torch.Tensor, offset: int) -> cuda_host.Guarded:

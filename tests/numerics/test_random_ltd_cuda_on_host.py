@@ -6,11 +6,9 @@ index that does not ascend stops them.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cuda_host
@@ -20,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_ltd_plain import plain_gather, plain_scatter
 
-from ds_efficient.op_builder.all_ops import find_op
 from ds_efficient.ops import keyed_random_reference, random_ltd
 from ds_efficient.ops.random_ltd_native import Library
 
@@ -28,28 +25,9 @@ DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 KEY = 0x9E3779B97F4A7C15
 
 
-class HostLibrary(Library):
-    """The functions of the library with host tensors."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-        self._cuda = False
-        self._functions = {}
-        for name, arguments in self.SIGNATURES.items():
-            function = getattr(library, f"{self.PREFIX}{name}")
-            function.argtypes = (*arguments, ctypes.c_int, ctypes.c_void_p)
-            self._functions[name] = self._without_threads(function)
-
-    @staticmethod
-    def _without_threads(function: Callable[..., int]) -> Callable[..., int]:
-        return lambda *arguments: function(*arguments[:-1], 0, None)  # device and stream
-
-
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> HostLibrary:
-    return HostLibrary(
-        cuda_host.build(find_op("random_ltd", "cuda"), tmp_path_factory.mktemp("cuda_on_host"))
-    )
+def kernels(tmp_path_factory) -> Library:
+    return cuda_host.on_host(Library, tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @dataclass(frozen=True)
@@ -80,7 +58,7 @@ class Case:
         device = torch.device("cpu")
         return keyed_random_reference.choice(self.key, 0, self.batch, self.length, self.keep, device)
 
-    def check(self, kernels: HostLibrary) -> None:
+    def check(self, kernels: Library) -> None:
         """All functions write what plain indexing gives, and nothing else."""
         index, first = self.index(), self.batch_first
         x, before = self.state(self.length, 1)
@@ -173,7 +151,7 @@ sizes = map(ctypes.c_int64, (1, 8, 3, 8))
 sys.exit(function(ctypes.c_void_p(ctypes.addressof(index)), *sizes, *several, 0, None))
 """
     for index in ([1, 4, 7], *BAD):
-        command = [sys.executable, "-I", "-S", "-c", code, kernels.library._name, name, *map(str, index)]
+        command = [sys.executable, "-I", "-S", "-c", code, kernels._library._name, name, *map(str, index)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode == 0) == (index not in BAD), (index, done.stderr)
         assert ("trap" in done.stderr) == (index in BAD)

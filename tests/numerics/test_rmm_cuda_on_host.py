@@ -5,9 +5,7 @@ What the kernels compute is checked where there is no GPU: edges, alignment, bar
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cuda_host
@@ -16,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_efficient.op_builder.all_ops import find_op
 from ds_efficient.ops import keyed_random
 from ds_efficient.ops import rmm_reference as reference
 from ds_efficient.ops.rmm_native import Library, Units
@@ -26,25 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KEY = 0x9E3779B97F4A7C15
 
 
-class HostLibrary(Library):
-    """The functions of the library with host tensors."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._cuda = False
-        self._functions = {}
-        for name, arguments in self.SIGNATURES.items():
-            function = getattr(library, f"{self.PREFIX}{name}")
-            function.argtypes = (*arguments, ctypes.c_int, ctypes.c_void_p)
-            self._functions[name] = self._without_threads(function)
-
-    @staticmethod
-    def _without_threads(function: Callable[..., int]) -> Callable[..., int]:
-        return lambda *arguments: function(*arguments[:-1], 0, None)  # device and stream
-
-
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> HostLibrary:
-    return HostLibrary(cuda_host.build(find_op("rmm", "cuda"), tmp_path_factory.mktemp("cuda_on_host")))
+def kernels(tmp_path_factory) -> Library:
+    return cuda_host.on_host(Library, tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ and that an index outside of the angles stops it.
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
-from collections.abc import Callable
 
 import cuda_host
 import pytest
@@ -17,25 +15,11 @@ import torch
 from hypothesis import example, given, settings
 from rotary_cases import Case, cases
 
-from ds_efficient.op_builder.all_ops import find_op
 from ds_efficient.ops.rotary_native import Library
 
 
 class HostLibrary(Library):
     """The function of the library with host tensors."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-        self._cuda = False
-        self._functions = {}
-        for name, arguments in self.SIGNATURES.items():
-            function = getattr(library, f"{self.PREFIX}{name}")
-            function.argtypes = (*arguments, ctypes.c_int, ctypes.c_void_p)
-            self._functions[name] = self._without_threads(function)
-
-    @staticmethod
-    def _without_threads(function: Callable[..., int]) -> Callable[..., int]:
-        return lambda *arguments: function(*arguments[:-1], 0, None)  # device and stream
 
     def check(self, case: Case) -> None:
         """The result is right, and nothing around it is written."""
@@ -50,7 +34,7 @@ class HostLibrary(Library):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> HostLibrary:
-    return HostLibrary(cuda_host.build(find_op("rotary", "cuda"), tmp_path_factory.mktemp("cuda_on_host")))
+    return cuda_host.on_host(HostLibrary, tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @settings(deadline=None, max_examples=60)
@@ -79,7 +63,7 @@ rows = ctypes.c_void_p(ctypes.addressof(index))
 end = (ctypes.c_double(1), 0, 0, 0, None)
 sys.exit(function(t, *place, out, angles, ctypes.c_int64(4), ctypes.c_int64(0), rows, *sizes, *end))
 """
-    command = [sys.executable, "-I", "-S", "-c", code, kernels.library._name, str(value)]
+    command = [sys.executable, "-I", "-S", "-c", code, kernels._library._name, str(value)]
     done = subprocess.run(command, capture_output=True, text=True)
     outside = not 0 <= value < 9
     assert (done.returncode == 0) != outside, done.stderr

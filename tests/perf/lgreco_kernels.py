@@ -15,7 +15,6 @@ purpose (`torch.topk` of the magnitudes; `torch.linalg.qr` of every factor).
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, host_ms, medians_in_turns, write_csv
+from measuring import benchmark, copy_rate, host_ms, medians_in_turns
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,13 +38,6 @@ FACTORS = {"cuda": ((2304, 32), (768, 32), (3072, 32), (768, 32)), "cpu": ((768,
 LAYERS, EMBEDDING = {"cuda": 24, "cpu": 2}, (50304, 32)
 KEY = Key(5).fold("lgreco_kernels")
 Calls = dict[str, Callable[[], object]]
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes a millisecond of a copy, read and written bytes counted."""
-    source = torch.ones(1 << (29 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / medians_in_turns({"copy": lambda: target.copy_(source)}, device)["copy"]
 
 
 class Turns:
@@ -193,7 +185,7 @@ def orthonormal(
 
 def measure(device: torch.device) -> Iterator[dict[str, Any]]:
     """All rows."""
-    rate = bandwidth(device)
+    rate = copy_rate(device)
     print(f"copy: {rate / 1e6:.1f} GB/s, read and written bytes counted")
     for dtype in (torch.float32, torch.bfloat16):
         x = keyed_random.normal(KEY, (ELEMENTS[device.type],), device=device).to(dtype)
@@ -220,26 +212,5 @@ def show(found: dict[str, Any]) -> None:
     )
 
 
-def main() -> int:
-    """Measure, print, write the CSV."""
-    parser = argparse.ArgumentParser(description="Benchmark L-GreCo's compressors.")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "data")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device; --device cpu measures the C++ code", file=sys.stderr)
-        return 2
-    device = torch.device("cpu")
-    if args.device == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    common = conditions(device)
-    rows = []
-    for found in measure(device):
-        show(found)
-        rows.append({**found, **common})
-    print(f"wrote {write_csv('lgreco_kernels', rows, args.output, device)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(benchmark("lgreco_kernels", "Benchmark L-GreCo's compressors.", measure, show, cpu=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 import os
@@ -11,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,19 @@ def median_ms(calls: Sequence[Callable[[], object]], repeat: int, *, together: i
     return statistics.median(times)
 
 
-def copy_rate(*, together: int = 1) -> float:
-    """Bytes a millisecond of a copy within a GPU's memory, read and written bytes counted."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+def copy_rate(device: torch.device | None = None, *, together: int = 1) -> float:
+    """Bytes a millisecond of a copy within a device's memory, read and written bytes counted.
+
+    Args:
+        device: None: the GPU.
+        together: as in `median_ms`, on a GPU.
+    """
+    place = device or torch.device("cuda")
+    source = torch.ones(1 << (29 if place.type == "cuda" else 27), dtype=torch.uint8, device=place)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms([lambda: target.copy_(source)], 20, together=together)
+    if place.type == "cuda":
+        return 2 * source.nbytes / median_ms([lambda: target.copy_(source)], 20, together=together)
+    return 2 * source.nbytes / medians_in_turns({"copy": lambda: target.copy_(source)}, place)["copy"]
 
 
 def host_ms(call: Callable[[], object], device: torch.device) -> float | str:
@@ -147,3 +156,41 @@ def medians_in_turns(
         for name, call in calls.items():
             found[name] += times_ms(call, repeat, device)
     return {name: statistics.median(times) for name, times in found.items()}
+
+
+def benchmark(
+    name: str,
+    description: str,
+    measure: Callable[[torch.device], Iterable[dict[str, Any]]],
+    show: Callable[[dict[str, Any]], None],
+    *,
+    cpu: bool = False,
+) -> int:
+    """Do what a script of kernels does: read the command line, measure, print, write the CSV.
+
+    Args:
+        name: beginning of the file's name.
+        description: of the script, for its help.
+        measure: yields rows.
+        show: prints one.
+        cpu: whether there is something to measure without a GPU.
+
+    Returns:
+        Exit status.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, default=DATA)
+    if cpu:
+        parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args()
+    kind = args.device if cpu else "cuda"
+    if kind == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device" + ("; --device cpu measures the C++ code" if cpu else ""), file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+    common, rows = conditions(device), []
+    for row in measure(device):
+        show(row)
+        rows.append({**row, **common})
+    print(f"wrote {write_csv(name, rows, args.output, device)}")
+    return 0

@@ -14,7 +14,6 @@ in float32, what K-FAC computes in place of the update.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, copy_rate, host_ms, median_ms, medians_in_turns, write_csv
+from measuring import benchmark, copy_rate, host_ms, median_ms, medians_in_turns
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,15 +39,6 @@ ROTATION = 160 << 20  # bytes of all copies together: three times the L2 cache o
 GAMMA, THRESHOLD, ZETA = 0.95, 10.0, 0.9
 TOGETHER = 8  # calls between two events
 KEY = Key(4).fold("mkor_kernels")
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes a millisecond of a copy, read and written bytes counted."""
-    if device.type == "cuda":
-        return copy_rate(together=TOGETHER)
-    source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / medians_in_turns({"copy": lambda: target.copy_(source)}, device)["copy"]
 
 
 class Updates:
@@ -119,7 +109,7 @@ def measure_case(
 
 def measure(device: torch.device) -> Iterator[dict[str, Any]]:
     """All rows."""
-    rate = bandwidth(device)
+    rate = copy_rate(device, together=TOGETHER)
     print(f"copy: {rate / 1e6:.1f} GB/s, read and written bytes counted")
     for dtype in mkor.DTYPES:
         for count, size in CASES[device.type]:
@@ -137,26 +127,7 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def main() -> int:
-    """Measure, print, write the CSV."""
-    parser = argparse.ArgumentParser(description="Benchmark the rank-1 updates of inverse factors.")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "data")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device; --device cpu measures the C++ code", file=sys.stderr)
-        return 2
-    device = torch.device("cpu")
-    if args.device == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    common = conditions(device)
-    rows = []
-    for row in measure(device):
-        show(row)
-        rows.append({**row, **common})
-    print(f"wrote {write_csv('mkor_updates', rows, args.output, device)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        benchmark("mkor_updates", "Benchmark the rank-1 updates of inverse factors.", measure, show, cpu=True)
+    )

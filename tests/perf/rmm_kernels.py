@@ -12,7 +12,6 @@ plain torch (`torch.randn`, or signs by `torch.randint`, then a batched product)
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, copy_rate, median_ms, write_csv
+from measuring import benchmark, copy_rate, median_ms
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -93,9 +92,9 @@ def measure_shape(
             }  # fmt: skip
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure(device: torch.device) -> Iterator[dict[str, Any]]:
     """All rows."""
-    rate = copy_rate(together=TOGETHER)
+    rate = copy_rate(device, together=TOGETHER)
     print(f"device-to-device copy: {rate / 1e9:.2f} TB/s, read and written bytes counted")
     for rows, features in SHAPES:
         for ratio in RATIOS:
@@ -119,23 +118,5 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def main() -> int:
-    """Measure, print, write the CSV."""
-    parser = argparse.ArgumentParser(description="Benchmark the projections of random sketches.")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "data")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device", file=sys.stderr)
-        return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    common = conditions(device)
-    rows = []
-    for row in measure():
-        show(row)
-        rows.append({**row, **common})
-    print(f"wrote {write_csv('rmm_projections', rows, args.output, device)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(benchmark("rmm_projections", "Benchmark the projections of random sketches.", measure, show))

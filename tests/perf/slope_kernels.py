@@ -9,7 +9,6 @@ calls.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, copy_rate, median_ms, write_csv
+from measuring import benchmark, copy_rate, median_ms
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -126,9 +125,9 @@ class Case:
         yield "select columns", "select", values + 2 * masks, None
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure(device: torch.device) -> Iterator[dict[str, Any]]:
     """One row for each kernel and case."""
-    rate = copy_rate()
+    rate = copy_rate(device)
     print(f"device-to-device copy: {rate / 1e9:.2f} TB/s, read and written bytes counted")
     for rows, columns, n, m, dtype in CASES:
         case = Case(rows, columns, n, m, dtype)
@@ -166,23 +165,5 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def main() -> int:
-    """Measure, print, write the CSV."""
-    parser = argparse.ArgumentParser(description="Benchmark the kernels of N:M sparse matrices.")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "data")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device", file=sys.stderr)
-        return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    common = conditions(device)
-    rows = []
-    for row in measure():
-        show(row)
-        rows.append({**row, **common})
-    print(f"wrote {write_csv('slope_kernels', rows, args.output, device)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(benchmark("slope_kernels", "Benchmark the kernels of N:M sparse matrices.", measure, show))
