@@ -47,6 +47,11 @@ class Case:
 
 SLOPE = {"slope": {"enabled": True}}
 RMM = {"rmm": {"enabled": True}}
+# A first plan halfway, so that a short run trains under one.
+LGRECO = {"lgreco": {"enabled": True, "interval": 15}}
+LGRECO_QSGD = {
+    "lgreco": {"enabled": True, "interval": 15, "compressor": "qsgd", "default": 4, "range": [2, 8]}
+}
 MKOR = {"mkor": {"enabled": True, "form": "factored", "max_rank": 128}}
 CASES = {
     "354m-plain": Case("354m", 8, False, NO_FUSION),
@@ -71,7 +76,12 @@ CASES = {
     "1.3b-mkor": Case("1.3b", 8, True, sections=MKOR),
     "1.3b-mkor-right": Case("1.3b", 8, True, sections={"mkor": {**MKOR["mkor"], "sides": "right"}}),
     "1.3b-mkor-dense": Case("1.3b", 8, True, sections={"mkor": {"enabled": True}}),
+    "354m-lgreco": Case("354m", 8, True, sections=LGRECO),
+    "354m-lgreco-qsgd": Case("354m", 8, True, sections=LGRECO_QSGD),
+    "1.3b-lgreco": Case("1.3b", 8, True, sections=LGRECO),
+    "1.3b-lgreco-qsgd": Case("1.3b", 8, True, sections=LGRECO_QSGD),
     "tiny": Case("tiny", 2, False),
+    "tiny-lgreco": Case("tiny", 2, False, sections=LGRECO),
     "tiny-mkor": Case("tiny", 2, False, sections={"mkor": {**MKOR["mkor"], "max_rank": 4}}),
     "tiny-rmm": Case("tiny", 2, False, sections=RMM),
     "tiny-slope": Case("tiny", 2, False, sections=SLOPE),
@@ -140,6 +150,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     row["last_loss"] = steady[-1]["loss"]
     evidence = next((record for record in records if record["kind"] == "evidence"), {})
     row["evidence"] = "; ".join(f"{name}: {evidence[name]['summary']}" for name in case.sections)
+    if "lgreco" in case.sections:
+        row |= {name: steady[-1]["lgreco"][name] for name in ("bytes", "raw_bytes")}
     return row
 
 
