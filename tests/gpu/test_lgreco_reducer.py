@@ -49,6 +49,8 @@ def test_a_gpu_reduces_as_the_cpu_does(kind, dtype, ranks):
             if kind == "powersgd" and name != "bias":  # products differ in their last bits, and grow by steps
                 lost = (value.float() - want[name].float()).norm() / want[name].float().norm()
                 assert float(lost) < 0.05, (step, name)
+            elif ranks == 3 and (kind == "raw" or name == "bias"):  # a GPU divides by 3 as times 1/3
+                torch.testing.assert_close(value, want[name], rtol=torch.finfo(dtype).eps, atol=0)
             else:
                 assert torch.equal(value, want[name]), (step, name)
 
