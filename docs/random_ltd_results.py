@@ -12,6 +12,7 @@ from result_tables import (
     COLOURS,
     STYLE,
     Row,
+    conditions,
     each,
     loss_curves,
     new_figure,
@@ -31,6 +32,7 @@ ARMS = {
     "growing_lr": "growing, LayerToken LR, equal tokens",
     "growing_lr_equal": "growing, LayerToken LR, equal layer tokens",
 }
+LONGER = "dense, more steps"
 STEPS = "python tests/perf/random_ltd_steps.py"
 KERNELS = "python tests/perf/random_ltd_kernels.py"
 QUALITY = "python tests/perf/random_ltd_quality.py run --size 125m"
@@ -122,20 +124,31 @@ def _cell(row: Row, name: str) -> str:
 
 
 def quality() -> str:
-    """Return the final losses of every comparison, and their curves."""
+    """Return the final losses of every comparison, and their curves; a longer dense run is its last row."""
 
     def render(rows: list[Row]) -> list[str]:
+        control = _longer(rows)
         final = {(row["arm"], row["seed"]): row for row in rows}  # the last row of each
         lines = [f"Size `{rows[0]['size']}`:", ""]
+        cells = [_arm(arm, final) for arm in ARMS if any(found == arm for found, _ in final)]
+        if control:
+            ends = {("longer", row["seed"]): row for row in control}
+            cells.append(_arm("longer", {**final, **ends}))
         lines += table(
             ("arm", "tokens", "layer tokens", "seeds", "validation loss", "gap to dense"),
-            (_arm(arm, final) for arm in ARMS if any(found == arm for found, _ in final)),
+            cells,
         )
         name = f"random_ltd_quality_{slug(rows)}"
         lines += [f"![Validation loss by tokens](../_generated/{name}.png)", ""]
-        return [*lines, f"![Validation loss by layer tokens](../_generated/{name}_layer_tokens.png)", ""]
+        lines += [f"![Validation loss by layer tokens](../_generated/{name}_layer_tokens.png)", ""]
+        return lines + (["The dense run with more steps:", "", *conditions(control)] if control else [])
 
     return each("random_ltd_quality", render, QUALITY)
+
+
+def _longer(rows: list[Row]) -> list[Row]:
+    """Return the rows of the longer dense run that goes with a comparison, or none."""
+    return next((found for found in read("random_ltd_longer") if slug(found) == slug(rows)), [])
 
 
 def _arm(arm: str, final: dict[tuple[str, str], Row]) -> tuple[str, ...]:
@@ -149,7 +162,7 @@ def _arm(arm: str, final: dict[tuple[str, str], Row]) -> tuple[str, ...]:
     one = next(iter(chosen.values()))
     gap = "-" if arm == "dense" else spread(gaps, "+")
     counts = (f"{int(one['tokens']):,}", f"{int(one['layer_tokens']):,}", str(len(losses)))
-    return ARMS[arm], *counts, spread(losses, ""), gap
+    return ARMS.get(arm, LONGER), *counts, spread(losses, ""), gap
 
 
 def figures(folder: Path) -> list[Path]:
@@ -162,12 +175,28 @@ def figures(folder: Path) -> list[Path]:
             drawn.append(save(_step_curves(rows), folder / f"random_ltd_steps_{slug(rows)}.png"))
         for rows in read("random_ltd_quality"):
             name = f"random_ltd_quality_{slug(rows)}"
-            drawn.append(save(loss_curves(rows, ARMS), folder / f"{name}.png"))
-            layers = loss_curves([{**row, "tokens": row["layer_tokens"]} for row in rows], ARMS)
-            axes = layers.axes[0]
-            axes.set_xlabel(axes.get_xlabel().replace("training tokens", "layer tokens"))
+            drawn.append(save(_loss_curves(rows, "tokens"), folder / f"{name}.png"))
+            layers = _loss_curves(rows, "layer_tokens")
             drawn.append(save(layers, folder / f"{name}_layer_tokens.png"))
     return drawn
+
+
+def _loss_curves(rows: list[Row], clock: str) -> Any:
+    """Validation loss by tokens or layer tokens; a longer dense run is a dashed grey line."""
+    figure = loss_curves([{**row, "tokens": row[clock]} for row in rows], ARMS)
+    axes = figure.axes[0]
+    if clock == "layer_tokens":
+        axes.set_xlabel(axes.get_xlabel().replace("training tokens", "layer tokens"))
+    control = [row for row in _longer(rows) if int(row["step"])]
+    if control:
+        unit = 1e6 if "million" in axes.get_xlabel() else 1e3
+        axes.plot(
+            [int(row[clock]) / unit for row in control],
+            [float(row["valid_loss"]) for row in control],
+            color="#777777", linestyle="--", marker="o", markersize=3, linewidth=1.4, label=LONGER,
+        )  # fmt: skip
+        axes.legend()
+    return figure
 
 
 def _step_curves(rows: list[Row]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from result_files import names_its_command, reading_from, shows_every_measurement, write
@@ -82,6 +83,33 @@ def test_quality_compares_arms_of_one_seed_by_tokens_and_layer_tokens(
     drawn = results.figures(tmp_path)
     assert [path.name in text for path in drawn] == [True, True]
     assert drawn[0].read_bytes() != drawn[1].read_bytes()
+
+
+def test_a_longer_dense_run_is_the_last_row_and_in_the_figures(results: ModuleType, tmp_path: Path) -> None:
+    def curve(arm: str, loss: float, steps: int) -> list[dict[str, Any]]:
+        head = {"size": "tiny", "arm": arm, "seed": 0}
+        return [
+            {
+                **head,
+                "step": step,
+                "tokens": 1000 * step,
+                "layer_tokens": 4000 * step,
+                "valid_loss": loss - step,
+            }
+            for step in range(steps + 1)
+        ]
+
+    write(tmp_path, "random_ltd_quality_tiny", [*curve("dense", 9.0, 2), *curve("growing", 8.5, 2)])
+    figures = [path.read_bytes() for path in results.figures(tmp_path)]
+    assert "more steps" not in results.quality()
+    write(tmp_path, "random_ltd_longer_small", [{**row, "size": "small"} for row in curve("dense", 9.0, 4)])
+    assert "more steps" not in results.quality()
+    write(tmp_path, "random_ltd_longer_tiny", curve("dense", 9.25, 4))
+    rows = [line for line in results.quality().splitlines() if line.startswith("|")]
+    assert rows[-1] == "| dense, more steps | 4,000 | 16,000 | 1 | 5.2500 | -1.7500 |"
+    assert "| dense | 2,000 | 8,000 | 1 | 7.0000 | - |" in rows
+    drawn = [path.read_bytes() for path in results.figures(tmp_path)]
+    assert all(new != old for new, old in zip(drawn, figures, strict=True))
 
 
 def test_every_measurement_in_the_repository_is_shown() -> None:
