@@ -52,6 +52,22 @@ def mebibytes(row: Row, name: str) -> str:
     return f"{float(row[name]) / 2**20:,.1f}" if row.get(name) else "-"
 
 
+def whole_steps(rows: Sequence[Row]) -> list[str]:
+    """Return the table of training steps, each beside the first case with the same model."""
+    first: dict[str, Row] = {}
+    bases = [first.setdefault(row["case"].partition("-")[0], row) for row in rows]
+    return table(
+        ("case", "ms a step", "tokens/s", "over dense", "model TFLOP/s", "peak memory, GiB", "of dense"),
+        (
+            (row["case"], number(row, "ms_per_step", 1), number(row, "tokens_per_second", 0),
+             f"{float(row['tokens_per_second']) / float(base['tokens_per_second']):.3f}x",
+             number(row, "model_tflops", 0), f"{float(row['peak_memory']) / 2**30:.1f}",
+             f"{float(row['peak_memory']) / float(base['peak_memory']):.3f}")
+            for row, base in zip(rows, bases, strict=True)
+        ),
+    )  # fmt: skip
+
+
 def conditions(rows: Sequence[Row]) -> list[str]:
     """Return a line with device, versions, commit and command."""
     parts = []
@@ -66,9 +82,10 @@ def conditions(rows: Sequence[Row]) -> list[str]:
         "python",
         "commit",
     ):
-        value = rows[0].get(name)
-        if value:
-            parts.append(value if name in ("device", "gpu") else f"{name} {value}")
+        values = list(dict.fromkeys(row[name] for row in rows if row.get(name)))
+        if values:
+            found = ", ".join(values)
+            parts.append(found if name in ("device", "gpu") else f"{name} {found}")
     threads = rows[0].get("threads")
     if threads:
         parts.insert(1, f"{threads} thread(s)")

@@ -23,6 +23,7 @@ from result_tables import (
     save,
     slug,
     table,
+    whole_steps,
 )
 
 ARMS = {
@@ -187,23 +188,8 @@ def learning_rates() -> str:
 
 
 def steps() -> str:
-    """Return the table of whole training steps, each beside the first case with the same model."""
-
-    def render(rows: list[Row]) -> list[str]:
-        first: dict[str, Row] = {}
-        bases = [first.setdefault(row["case"].rpartition("-")[0], row) for row in rows]
-        return table(
-            ("case", "tokens/s", "over dense", "model TFLOP/s", "peak memory, GiB", "of dense"),
-            (
-                (row["case"], number(row, "tokens_per_second", 0),
-                 f"{float(row['tokens_per_second']) / float(base['tokens_per_second']):.3f}x",
-                 number(row, "model_tflops", 0), f"{float(row['peak_memory']) / 2**30:.1f}",
-                 f"{float(row['peak_memory']) / float(base['peak_memory']):.3f}")
-                for row, base in zip(rows, bases, strict=True)
-            ),
-        )  # fmt: skip
-
-    return each("training_step_slope", render)
+    """Return the table of whole training steps."""
+    return each("training_step_slope", whole_steps)
 
 
 def figures(folder: Path) -> list[Path]:

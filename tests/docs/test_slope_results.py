@@ -85,8 +85,8 @@ def test_steps_stand_beside_the_dense_model_of_their_size(results: ModuleType, t
     ]  # fmt: skip
     write(tmp_path, "training_step_slope", rows)
     text = results.steps()
-    assert "| a-slope | 115 | 1.150x | 1 | 1.0 | 0.500 |" in text
-    assert "| b-slope | 9 | 0.900x | 1 | 1.0 | 1.000 |" in text
+    assert "| a-slope | - | 115 | 1.150x | 1 | 1.0 | 0.500 |" in text
+    assert "| b-slope | - | 9 | 0.900x | 1 | 1.0 | 1.000 |" in text
 
 
 def test_learning_rates_show_the_last_loss_of_each(results: ModuleType, tmp_path: Path) -> None:

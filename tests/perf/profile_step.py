@@ -39,7 +39,9 @@ def summary(profile: Any, wall: float) -> str:
     """Return the table of kinds and of the thirty longest kernels, in milliseconds."""
     kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in profile.events():
-        if str(event.device_type).endswith("CUDA"):
+        # torch marks the optimizer's span on the device too, which would count its kernels twice
+        span = getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer.")
+        if str(event.device_type).endswith("CUDA") and not span:
             kernels[event.name][0] += event.device_time_total / 1e3
             kernels[event.name][1] += 1
     kinds: dict[str, float] = defaultdict(float)
