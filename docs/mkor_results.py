@@ -25,6 +25,7 @@ from result_tables import (
     slug,
     spread,
     table,
+    whole_steps,
 )
 
 ARMS = {
@@ -37,6 +38,7 @@ ARMS = {
     "mkor": "MKOR + AdamW",
     "mkor_right": "MKOR right + AdamW",
     "mkor_right_f1": "MKOR right + AdamW, every step",
+    "mkor_right_warm": "MKOR right + AdamW, gamma 0.5, first 30 steps",
     "mkor_left": "MKOR left + AdamW",
     "mkor_sgd": "MKOR + SGD",
     "mkor_right_sgd": "MKOR right + SGD",
@@ -44,17 +46,19 @@ ARMS = {
     "mkor_muon": "MKOR + Muon",
     "mkor_right_muon": "MKOR right + Muon",
     "mkor_right_muon_f1": "MKOR right + Muon, every step",
+    "mkor_right_muon_warm": "MKOR right + Muon, gamma 0.5, first 30 steps",
     "mkor_h": "MKOR-H + AdamW",
     "mkor_right_h": "MKOR-H right + AdamW",
 }
 BASE = "adamw"
-DRAWN = ("adamw", "muon", "mkor_right", "mkor_right_f1", "mkor_right_muon")
+DRAWN = ("adamw", "muon", "mkor_right", "mkor_right_warm", "mkor_right_f1")
 PROBLEMS = "python tests/perf/mkor_problems.py compare"
 SETTINGS = "python tests/perf/mkor_problems.py settings"
 FORMULA = "python tests/perf/mkor_problems.py formula"
 QUALITY = "python tests/perf/mkor_quality.py run --size 125m"
 KERNELS = "python tests/perf/mkor_kernels.py"
 STEP = "python tests/perf/mkor_step.py"
+WHOLE = "python tests/perf/training_step.py --cases 1.3b-fused 1.3b-mkor --name training_step_mkor_H100"
 
 
 class Point(NamedTuple):
@@ -281,6 +285,11 @@ def step() -> str:
     return each("mkor_step", render, STEP)
 
 
+def steps() -> str:
+    """Return the table of whole training steps."""
+    return each("training_step_mkor", whole_steps, WHOLE)
+
+
 def figures(folder: Path) -> list[Path]:
     """Draw the curves of every comparison of GPTs and of the small problems; returns the paths."""
     import matplotlib
@@ -329,4 +338,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "mkor_quality.md": quality,
     "mkor_updates.md": updates,
     "mkor_step.md": step,
+    "mkor_steps.md": steps,
 }

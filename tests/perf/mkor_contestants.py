@@ -44,6 +44,7 @@ class Contestant:
 
 _RIGHT, _LEFT = {"sides": "right"}, {"sides": "left"}
 _EVERY_STEP = {"sides": "right", "inversion_interval": 1}
+_WARM = {"sides": "right", "gamma": 0.5, "zeta": 0.45, "warmup_steps": 30}
 CONTESTANTS = {
     "sgd": Contestant("sgd"),
     "adamw": Contestant("adamw"),
@@ -54,6 +55,7 @@ CONTESTANTS = {
     "mkor": Contestant("adamw", "mkor"),
     "mkor_right": Contestant("adamw", "mkor", _RIGHT),
     "mkor_right_f1": Contestant("adamw", "mkor", _EVERY_STEP),
+    "mkor_right_warm": Contestant("adamw", "mkor", _WARM),
     "mkor_left": Contestant("adamw", "mkor", _LEFT),
     "mkor_sgd": Contestant("sgd", "mkor"),
     "mkor_right_sgd": Contestant("sgd", "mkor", _RIGHT),
@@ -61,6 +63,7 @@ CONTESTANTS = {
     "mkor_muon": Contestant("muon", "mkor"),
     "mkor_right_muon": Contestant("muon", "mkor", _RIGHT),
     "mkor_right_muon_f1": Contestant("muon", "mkor", _EVERY_STEP),
+    "mkor_right_muon_warm": Contestant("muon", "mkor", _WARM),
     "mkor_h": Contestant("adamw", "mkor_h"),
     "mkor_right_h": Contestant("adamw", "mkor_h", _RIGHT),
 }

@@ -54,6 +54,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "interval=1": {"inversion_interval": 1},
     "interval=1,gamma=0.99": {"inversion_interval": 1, "gamma": 0.99},
     "interval=50": {"inversion_interval": 50},
+    "gamma=0.5": {"gamma": 0.5, "zeta": 0.45},
+    "warmup=30": {"warmup_steps": 30},
+    "gamma=0.5,warmup=30": {"gamma": 0.5, "zeta": 0.45, "warmup_steps": 30},
+    "interval=1,gamma=0.5": {"inversion_interval": 1, "gamma": 0.5, "zeta": 0.45},
 }
 
 
