@@ -9,10 +9,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from engine_steps import parameter_dtype, step_over
+from rank_pool import run_script
 from torch import Tensor
 
 import ds_efficient
 from ds_efficient.core import deepspeed_compat as compat
+from ds_efficient.mkor import signs
 
 LR, ROWS, STEPS, SEED = 1e-2, 64, 6, 5
 WIDTHS = {"fc1": (12, 20), "fc2": (20, 16), "free": (16, 16), "head": (16, 4)}
@@ -186,6 +188,37 @@ def hybrid(folder: str) -> dict[str, Any]:
     except ds_efficient.CheckpointError as error:
         found["refused"] = str(error)
     return found
+
+
+def second_moments(vectors: int, steps: int) -> dict[str, list[list[float]]]:
+    """Return by block and side the mean outer product of all vectors of some steps on one batch."""
+    optimizer = {"type": "SGD", "params": {"lr": 0.0}}
+    engine = build(1, mkor={"statistics_rank": vectors, "inversion_interval": 1}, optimizer=optimizer)
+    bank = engine.ds_efficient.techniques[-1].owners.bank
+    found: dict[str, Tensor] = {}
+    update = bank.update
+
+    def note(given: dict[str, dict[str, Tensor]]) -> None:
+        for name, pair in given.items():
+            for side, rows in pair.items():
+                outer = rows.T @ rows / (vectors * steps)
+                found[f"{name} {side}"] = found.get(f"{name} {side}", 0.0) + outer
+        update(given)
+
+    with mock.patch.object(bank, "update", note):
+        for _ in range(steps):
+            step(engine, 0)
+    return {name: value.tolist() for name, value in found.items()}
+
+
+def run_script_with_equal_signs(argv: list[str]) -> int:
+    """Train with the sign 1 for every row, so that sums do not depend on how rows are spread over ranks."""
+
+    def ones(key: int, rows: int, vectors: int, **how: Any) -> Tensor:
+        return torch.ones(rows, vectors, dtype=how["dtype"], device=how["device"])
+
+    with mock.patch.object(signs, "random_signs", ones):
+        return run_script(argv)
 
 
 def factors(engine: Any) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def train(
     micro: int = 2,
     timeout: float = 120.0,
     model: list[str] | None = None,
+    script: str = "rank_pool:run_script",
 ) -> Outcome:
     """Train a tiny GPT on `size` ranks; the global batch is the same whatever the layout.
 
@@ -75,6 +76,7 @@ def train(
         steps, batch, micro: --train-iters, --global-batch-size, --micro-batch-size.
         timeout: seconds.
         model: instead of MODEL.
+        script: what runs the script on each rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ds.json"
@@ -85,5 +87,5 @@ def train(
         *f"--micro-batch-size {micro} --log-interval 1 --eval-iters 0 --run-dir {folder}".split(),
         *arguments.split(),
     ]
-    status = ranks(size).run("rank_pool:run_script", argv, timeout=timeout)
+    status = ranks(size).run(script, argv, timeout=timeout)
     return Outcome(status, read_records(folder))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_efficient.errors import CheckpointError
-from ds_efficient.mkor.inverse import precondition
+from ds_efficient.mkor.inverse import precondition, vector_weights
 from ds_efficient.ops import mkor as ops
 from ds_efficient.ops.mkor_factored import FactoredFactors
 from ds_efficient.ops.mkor_precondition import LowRank, precondition_
@@ -103,27 +103,37 @@ class FactorBank:
         """Stabilise all factors and take vectors in.
 
         Args:
-            vectors: of every block by name and side, fp32. Where one of a block's is not finite, both its
+            vectors: of every block by name and side, fp32, (size,), or (r, size) of an update by r of them
+                (`ds_efficient.mkor.inverse.vector_weights`). Where one of a block's is not finite, both its
                 factors stay.
         """
         if not self._sizes:
             return
-        flat = torch.cat([part for name in self._numbers for part in self._checked(vectors[name])])
-        gamma, threshold, zeta = self._gamma, self._threshold, self._zeta
+        parts = [part for name in self._numbers for part in self._checked(vectors[name])]
+        each, weights = vector_weights(self._gamma, len(parts[0]))
+        outcomes = []
+        for number, weight in enumerate(weights):
+            flat = torch.cat([part[number] for part in parts])
+            # blended once an update: the growth that a blend outweighs is that by 1 / gamma
+            threshold = self._threshold if number == 0 else math.inf
+            outcomes.append(self._take_in(flat if weight == 1 else flat * weight, each, threshold))
+        outcome = torch.stack(outcomes)
+        self.taken += (outcome != ops.LEFT).any(0)
+        self.hits += outcome[0] == ops.BLENDED
+        self.left_out += (outcome == ops.LEFT).any(0)
+        self.resets += (outcome == ops.RESET).any(0)
+
+    def _take_in(self, flat: Tensor, gamma: float, threshold: float) -> Tensor:
+        """Update every factor by one vector, (sum of all sizes,); return the outcomes."""
         if self._factored is not None:
-            outcome = self._factored.update_(flat, gamma=gamma, threshold=threshold, zeta=zeta)
-        else:
-            outcome = ops.update_(
-                self._matrices, flat, self._largest, gamma=gamma, threshold=threshold, zeta=zeta
-            )
-        self.taken += outcome != ops.LEFT
-        self.hits += outcome == ops.BLENDED
-        self.left_out += outcome == ops.LEFT
-        self.resets += outcome == ops.RESET
+            return self._factored.update_(flat, gamma=gamma, threshold=threshold, zeta=self._zeta)
+        return ops.update_(
+            self._matrices, flat, self._largest, gamma=gamma, threshold=threshold, zeta=self._zeta
+        )
 
     def _checked(self, pair: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the vectors in use, all NaN where one of them is not finite."""
-        used = [pair[side].float() for side in self.sides]
+        """Return the vectors in use, (r, size) each, all NaN where one of them is not finite."""
+        used = [torch.atleast_2d(pair[side].float()) for side in self.sides]
         good = torch.stack([vector.isfinite().all() for vector in used]).all()
         return [torch.where(good, vector, math.nan) for vector in used]
 

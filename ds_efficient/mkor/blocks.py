@@ -228,11 +228,14 @@ def assign_owners(blocks: Sequence[Block], places: Sequence[Place], sides: Seque
         load[block.owner] += work[block.index]
 
 
-def make_rounds(blocks: Sequence[Block], ranks: int, most: int) -> list[list[Block]]:
-    """Cut the blocks into rounds: an owner handles at most `most` elements in each, or one larger block."""
+def make_rounds(blocks: Sequence[Block], ranks: int, most: float) -> list[list[Block]]:
+    """Cut the blocks into rounds: an owner handles at most `most` elements in each, or one larger block.
+
+    Blocks of one shape come one after another, since those of a round are multiplied together.
+    """
     rounds: list[list[Block]] = []
     at, filled = [0] * ranks, [0] * ranks
-    for block in blocks:
+    for block in sorted(blocks, key=lambda block: (block.rows, block.columns, block.bias, block.index)):
         owner = block.owner
         if filled[owner] and filled[owner] + block.numel > most:
             at[owner], filled[owner] = at[owner] + 1, 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ds_efficient.config.base import Section, TechniqueSection, rule
-from ds_efficient.config.fields import Count, Fraction, Names, Natural
+from ds_efficient.config.fields import Count, Fraction, Names, Natural, integral
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+StatisticsRank = Annotated[int, Field(ge=1, le=64), BeforeValidator(integral)]
 
 
 class StabilizerConfig(Section):
@@ -89,10 +90,27 @@ def rank_is_used(mkor: MkorConfig) -> str | None:
     return None
 
 
+@rule("statistics_rank", "max_rank", warning=True)
+def an_update_fits_the_rank(mkor: MkorConfig) -> str | None:
+    """statistics_rank is smaller than max_rank: one update does not fill a factor."""
+    if mkor.enabled and mkor.form == "factored" and mkor.statistics_rank >= mkor.max_rank:
+        return (
+            f"{mkor.statistics_rank} vectors an update leave a factor of max_rank = {mkor.max_rank} nothing "
+            f"of older ones; use at most {max(1, mkor.max_rank // 4)}"
+        )
+    return None
+
+
 class MkorConfig(TechniqueSection):
     """MKOR: gradients of linear layers are multiplied by inverse Kronecker factors under rank-1 updates."""
 
-    rules = (factors_change, blends_outweigh_growth, factored_form_is_precise, rank_is_used)
+    rules = (
+        factors_change,
+        blends_outweigh_growth,
+        factored_form_is_precise,
+        rank_is_used,
+        an_update_fits_the_rank,
+    )
 
     gamma: Fraction = 0.95
     """Weight of the old statistics at each update of the factors."""
@@ -102,6 +120,9 @@ class MkorConfig(TechniqueSection):
 
     warmup_steps: Natural = 0
     """First steps of the run, in which every step updates the factors."""
+
+    statistics_rank: StatisticsRank = 1
+    """Vectors an update takes a side: 1, the means of the rows; more, sums of rows with random signs."""
 
     stabilizer: StabilizerConfig = StabilizerConfig()
     """Bound on the growth of the inverse factors."""

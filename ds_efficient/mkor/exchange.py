@@ -6,6 +6,10 @@ rank's own mean of the input rows, as `comm_dtype` and scaled to a largest entry
 and the scale in fp32. The owner weighs them by rows in fp32, so that a half type rounds each once. The
 gradient of the outputs goes the same way for layers without a bias only: where there is one, its averaged
 gradient is that vector, and reaches the owner with the rest of the gradient.
+
+With a statistics rank of r above 1 a packet has r vectors, sums of rows with random signs, and the sums of
+those signs in its header, fp32; ranks' sums add up, as their signs are independent. Output gradients then go
+this way for all layers.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ from torch import Tensor
 from ds_efficient.mkor.blocks import Block, Place, Segment
 from ds_efficient.mkor.sums import LayerSums
 
-_HEADER = 2 * 4  # bytes: rows and scale of a vector, fp32
+
+def _header(vectors: int) -> int:
+    """Return the numbers in a header: rows, scale, and with several vectors the sums of their signs."""
+    return 2 + (vectors if vectors > 1 else 0)
 
 
 class Plane:
@@ -248,6 +255,7 @@ def exchange_vectors(
     sides: Sequence[str],
     dtype: torch.dtype,
     replicas: int,
+    vectors: int = 1,
 ) -> dict[int, dict[str, list[Tensor]]]:
     """Bring the rank-1 vectors of all blocks to their owners, in one exchange.
 
@@ -258,52 +266,71 @@ def exchange_vectors(
         sides: factors in use.
         dtype: to send the vectors in.
         replicas: data-parallel ranks, over which output gradients are averaged.
+        vectors: r, of each block and side.
 
     Returns:
         On an owner by block: ``"right"``, the mean input row, and for layers without a bias ``"left"``, the
         output gradient, still with the loss scale; each as its shards. fp32. NaN where no row was seen.
+        With several vectors (r, size) each, ``"left"`` for all layers, and ``"ones"``, the (r, 1) that a
+        column of ones makes of the inputs.
     """
-    # the averaged bias gradient, where there is one, is the output vector
-    wanted = [(block, side) for block in blocks for side in sides if side == "right" or not block.bias]
+    # the averaged bias gradient, where there is one, is the output vector, if there is but one
+    wanted = [
+        (block, side)
+        for block in blocks
+        for side in sides
+        if side == "right" or vectors > 1 or not block.bias
+    ]
     packets: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(plane.size)]
     for block, side in wanted:
         for shard in range(vector_shards(block, side)):
             if plane.rank in vector_ranks(block, plane.places, side, shard):
                 packets[block.owner].append(sums[block.layer.name].packet(side, dtype))
-    sizes = _expected(plane, wanted)
+    sizes = _expected(plane, wanted, vectors)
     even = 4 // dtype.itemsize  # headers are read as fp32, so packets end at multiples of 4 bytes
     parts = [_packed(group, dtype, even) for group in packets]
     counts = [
-        _HEADER * len(one) + (-(-sum(one) // even) * even) * dtype.itemsize if one else 0 for one in sizes
+        4 * _header(vectors) * len(one) + (-(-sum(one) // even) * even) * dtype.itemsize if one else 0
+        for one in sizes
     ]
     received = plane.swap(parts, counts, torch.uint8)
-    readers = [_Reader(data, one, dtype) if one else None for data, one in zip(received, sizes, strict=True)]
+    readers = [
+        _Reader(data, one, dtype, _header(vectors)) if one else None
+        for data, one in zip(received, sizes, strict=True)
+    ]
     found: dict[int, dict[str, list[Tensor]]] = {}
     for block, side in wanted:
         if block.owner != plane.rank:
             continue
         shards = []
         for shard in range(vector_shards(block, side)):
-            total = count = None
+            total = heads = None
             for rank in vector_ranks(block, plane.places, side, shard):
                 reader = readers[rank]
                 assert reader is not None
-                weight, values = reader.next()
+                head, values = reader.next()
                 total = values if total is None else total + values
-                count = weight if count is None else count + weight
-            assert total is not None and count is not None
-            shards.append(total / (count if side == "right" else replicas))
+                heads = head if heads is None else heads + head
+            assert total is not None and heads is not None
+            count, ones = heads[0], heads[2:, None]
+            if vectors == 1:
+                shards.append(total / (count if side == "right" else replicas))
+                continue
+            scale = count.rsqrt() if side == "right" else count.sqrt() / replicas
+            shards.append(total.view(vectors, -1) * scale)
+            if side == "right":  # every shard of the inputs has the same rows and signs
+                found.setdefault(block.index, {})["ones"] = [ones * scale]
         found.setdefault(block.index, {})[side] = shards
     return found
 
 
-def _expected(plane: Plane, wanted: Sequence[tuple[Block, str]]) -> list[list[int]]:
-    """Return the lengths of the vectors that each rank sends here, in order."""
+def _expected(plane: Plane, wanted: Sequence[tuple[Block, str]], vectors: int) -> list[list[int]]:
+    """Return the lengths of the packets that each rank sends here, in order."""
     sizes: list[list[int]] = [[] for _ in range(plane.size)]
     for block, side in wanted:
         if block.owner == plane.rank:
             shards = vector_shards(block, side)
-            length = (block.columns if side == "right" else block.rows) // shards
+            length = vectors * (block.columns if side == "right" else block.rows) // shards
             for shard in range(shards):
                 for rank in vector_ranks(block, plane.places, side, shard):
                     sizes[rank].append(length)
@@ -325,16 +352,16 @@ def _packed(group: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, even: in
 class _Reader:
     """Reads one rank's packets in order."""
 
-    def __init__(self, data: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
-        split = _HEADER * len(sizes)
-        self._headers = data[:split].clone().view(torch.float32).view(-1, 2)
+    def __init__(self, data: Tensor, sizes: Sequence[int], dtype: torch.dtype, header: int) -> None:
+        split = 4 * header * len(sizes)
+        self._headers = data[:split].clone().view(torch.float32).view(-1, header)
         values = data[split:].clone().view(dtype).float()
         self._values = values[: sum(sizes)].split(list(sizes))
         self._at = 0
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and the vector times its scale."""
-        weight, scale = self._headers[self._at]
-        values = self._values[self._at] * scale
+        """Return the header, its first number the weight, and the vectors times their scale, flat."""
+        head = self._headers[self._at]
+        values = self._values[self._at] * head[1]
         self._at += 1
-        return weight, values
+        return head, values

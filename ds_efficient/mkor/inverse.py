@@ -17,6 +17,7 @@ multiply such a direction by ``zeta / gamma``, so it stays bounded only where ze
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -126,6 +127,33 @@ def printed_inverse_update(m: Tensor, v: Tensor, gamma: float) -> Tensor:
     q = v.to(wide.dtype) @ u
     weight = (1 - gamma) / (gamma**2 * (1 + gamma * (1 - gamma) * q))
     return (gamma * wide + weight * torch.outer(u, u)).to(m.dtype)
+
+
+def vector_weights(gamma: float, vectors: int) -> tuple[float, list[float]]:
+    """Return how r vectors are taken in one after the other, so that in exact arithmetic
+
+        F' = gamma F + (1 - gamma) / r sum_j v_j v_j^T
+
+    Each is a rank-1 update with gamma^(1/r). Left at that, the j-th would weigh
+    ``(1 - gamma^(1/r)) gamma^((r - j) / r)``, the last most; with a factor before each they weigh the same,
+    which among weights of that sum gives an average of independent estimates the least variance.
+
+    Args:
+        gamma: weight of the old statistics in all, in (0, 1].
+        vectors: r.
+
+    Returns:
+        gamma of each update, and the factor of each vector; gamma itself and 1 for one vector.
+
+    Raises:
+        UserError: gamma outside of (0, 1].
+    """
+    check_gamma(gamma)
+    each = gamma ** (1 / vectors)
+    if each == 1 or vectors == 1:
+        return each, [1.0] * vectors
+    share = (1 - gamma) / (vectors * (1 - each))
+    return each, [math.sqrt(share / each ** (vectors - 1 - j)) for j in range(vectors)]
 
 
 UPDATES = {"sherman_morrison": rank1_inverse_update, "printed": printed_inverse_update}

@@ -28,10 +28,11 @@ def _action(module: ModuleInfo, config: MkorConfig, context: RunContext, shared:
         return Action(module.name, "skip", reason)
     sides = {"both": "both sides", "left": "left side", "right": "right side"}[config.sides]
     form = "dense" if config.form == "dense" else f"rank {config.max_rank}"
+    vectors = "" if config.statistics_rank == 1 else f", {config.statistics_rank} vectors"
     held = factor_bytes(module, config, context)
     return Action(
         module.name,
-        f"{form}, {sides}",
+        f"{form}, {sides}{vectors}",
         # spread over the data-parallel ranks; what tensor parallelism cuts is divided by the plan
         buffer_bytes=-(-held // context.data_parallel_size),
         options={"global_name": global_name(module.name, module.layer)},
@@ -65,7 +66,10 @@ def factor_bytes(module: ModuleInfo, config: MkorConfig, context: RunContext) ->
 
 
 def _flops(module: ModuleInfo, config: MkorConfig, context: RunContext) -> tuple[float, float]:
-    """Return the FLOPs of a layer's preconditioning in a step, and of one update of its factors."""
+    """Return the FLOPs of a layer's preconditioning in a step, and of one update of its factors.
+
+    An update is as many rank-1 updates as `statistics_rank` says.
+    """
     products = updates = 0.0
     for rows, columns in _sizes(module, config, context):
         for side, size, other in (("left", rows, columns), ("right", columns, rows)):
@@ -74,7 +78,8 @@ def _flops(module: ModuleInfo, config: MkorConfig, context: RunContext) -> tuple
             rank = min(config.max_rank, size)
             dense = config.form == "dense"
             products += 2.0 * size * size * other if dense else 4.0 * size * rank * other
-            updates += 4.0 * size * size if dense else 20.0 * size * rank
+            one = 4.0 * size * size if dense else 20.0 * size * rank
+            updates += config.statistics_rank * one
     return products, updates
 
 
@@ -86,12 +91,15 @@ def outlook(
     both = [_flops(module, config, context) for module in chosen]
     products, updates = sum(one[0] for one in both), sum(one[1] for one in both)
     held = sum(factor_bytes(module, config, context) for module in chosen)
+    rank = config.statistics_rank
     element = _BYTES[config.comm_dtype]
+    # one output vector of a layer with a bias is the bias's gradient, which the owner gets anyway
     vectors = sum(
-        element
+        rank
+        * element
         * (
             ("right" in SIDES[config.sides]) * module.in_features
-            + ("left" in SIDES[config.sides] and not module.bias) * module.out_features
+            + ("left" in SIDES[config.sides] and (rank > 1 or not module.bias)) * module.out_features
         )
         for module in chosen
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from ds_efficient.core.keys import Key
 from ds_efficient.errors import CheckpointError, UserError
 from ds_efficient.mkor.factored import FactoredInverse
 from ds_efficient.mkor.hybrid import HybridSwitch
@@ -29,7 +30,9 @@ from ds_efficient.mkor.inverse import (
     check_gamma,
     check_stabilizer,
     precondition,
+    vector_weights,
 )
+from ds_efficient.mkor.signs import MAX_VECTORS, RowSketch
 from ds_efficient.mkor.statistics import LayerStatistics, preconditioned_layers
 
 SIDES = {"both": ("left", "right"), "left": ("left",), "right": ("right",)}
@@ -39,9 +42,15 @@ FORMS = ("dense", "factored")
 class _Layer:
     """A layer with its statistics and its inverse factors."""
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, make: Callable[..., InverseFactor], sides: str) -> None:
+    def __init__(
+        self,
+        module: nn.Linear | nn.Conv2d,
+        make: Callable[..., InverseFactor],
+        sides: str,
+        sketch: RowSketch | None,
+    ) -> None:
         self.module = module
-        self.statistics = LayerStatistics(module)
+        self.statistics = LayerStatistics(module, sketch)
         weight = module.weight
         columns = weight[0].numel() + self.statistics.with_bias
         sizes = {"left": weight.shape[0], "right": columns}
@@ -49,10 +58,13 @@ class _Layer:
         self.updates = self.skipped = 0
 
     def update(self, vectors: dict[str, Tensor], gamma: float, threshold: float, zeta: float) -> None:
-        """Stabilise the factors, then take the vectors in."""
+        """Stabilise the factors, then take the vectors in: (size,), or (r, size) for several."""
         for side, factor in self.factors.items():
             factor.stabilize(threshold, zeta)
-            factor.update(vectors[side], gamma)
+            several = torch.atleast_2d(vectors[side])
+            each, weights = vector_weights(gamma, len(several))
+            for vector, weight in zip(several, weights, strict=True):
+                factor.update(vector * weight, each)
         self.updates += 1
 
     @torch.no_grad()
@@ -99,6 +111,11 @@ class MKOR:
         form: "dense", or "factored" for `ds_efficient.mkor.factored`.
         max_rank: most columns of the factored form.
         state_dtype: type of the stored factors; products are made in fp32, with torch.float64 in fp64.
+        statistics_rank: vectors that each update takes a side. 1: the mean input row and the gradient of a
+            shift of all outputs, as in the paper. More: sums of rows with random signs, whose outer products
+            estimate the whole second moments (`ds_efficient.mkor.signs`), at as many times the work of an
+            update and of its statistics. Up to 64.
+        seed: of those signs; torch's own generator is not used.
         exclude: ends of dotted module names to leave to the inner optimizer.
         hybrid: `HybridSwitch` for MKOR-H; then `step` needs the loss.
         formula: "sherman_morrison", or for studies "printed", the paper's own, which diverges.
@@ -121,6 +138,8 @@ class MKOR:
         form: Literal["dense", "factored"] = "dense",
         max_rank: int = 128,
         state_dtype: torch.dtype = torch.float32,
+        statistics_rank: int = 1,
+        seed: int = 0,
         exclude: Sequence[str] = ("output_layer", "embedding"),
         hybrid: HybridSwitch | None = None,
         formula: Literal["sherman_morrison", "printed"] = "sherman_morrison",
@@ -133,12 +152,20 @@ class MKOR:
                 "bound; use for example gamma=0.95 and zeta=0.9"
             )
         _check_choices(optimizer, inversion_interval, warmup_steps, sides, form, state_dtype, formula)
+        _check_rank(statistics_rank, formula)
         self.optimizer = optimizer
         self.gamma, self.threshold, self.zeta = gamma, threshold, zeta
         self.inversion_interval, self.warmup_steps = inversion_interval, warmup_steps
         self.hybrid = hybrid
         self.steps = 0
-        self._settings = {"sides": sides, "form": form, "state_dtype": str(state_dtype), "formula": formula}
+        self._settings: dict[str, str | int] = {
+            "sides": sides,
+            "form": form,
+            "state_dtype": str(state_dtype),
+            "formula": formula,
+            "statistics_rank": statistics_rank,
+            "seed": seed if statistics_rank > 1 else 0,
+        }
         self._dtype = torch.float64 if state_dtype == torch.float64 else torch.float32
 
         def make(size: int, device: torch.device) -> InverseFactor:
@@ -146,8 +173,13 @@ class MKOR:
                 return FactoredInverse(size, max_rank, state_dtype, device)
             return DenseInverse(size, state_dtype, device, formula=formula)
 
+        def sketch(name: str) -> RowSketch | None:
+            if statistics_rank == 1:
+                return None
+            return RowSketch(Key(seed, ("mkor", name)), statistics_rank, lambda: self.steps)
+
         layers = preconditioned_layers(model, tuple(exclude))
-        self._layers = {name: _Layer(module, make, sides) for name, module in layers.items()}
+        self._layers = {name: _Layer(module, make, sides, sketch(name)) for name, module in layers.items()}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -264,9 +296,10 @@ class MKOR:
         missing = {"optimizer", "steps", "settings", "hybrid", "layers"} - state.keys()
         if missing:
             raise CheckpointError(f"state of MKOR: {', '.join(sorted(missing))} missing")
-        if state["settings"] != self._settings:
+        saved_with = {"statistics_rank": 1, "seed": 0, **state["settings"]}
+        if saved_with != self._settings:
             raise CheckpointError(
-                f"state of MKOR: saved with {state['settings']}, here {self._settings}; use the same"
+                f"state of MKOR: saved with {saved_with}, here {self._settings}; use the same"
             )
         if (state["hybrid"] is None) != (self.hybrid is None):
             raise CheckpointError(
@@ -291,6 +324,14 @@ class MKOR:
             self._free()
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+
+
+def _check_rank(rank: int, formula: str) -> None:
+    """Refuse a number of vectors that cannot be."""
+    if type(rank) is not int or not 1 <= rank <= MAX_VECTORS:
+        raise UserError(f"statistics_rank={rank}; allowed: 1 to {MAX_VECTORS}, for example 8")
+    if rank > 1 and formula != "sherman_morrison":
+        raise UserError(f"statistics_rank={rank} with formula={formula!r}; allowed: 1, or sherman_morrison")
 
 
 def _check_choices(

@@ -35,6 +35,7 @@ class Owners:
         gradients: of the engine.
         sums: statistics by layer.
         comm_dtype: type in which vectors are sent.
+        vectors: that an update takes of each block and side.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class Owners:
         gradients: AveragedGradients,
         sums: Mapping[str, LayerSums],
         comm_dtype: torch.dtype = torch.float32,
+        vectors: int = 1,
     ) -> None:
         self.plane, self.bank = plane, bank
         self.vector_bytes = 0
         self._blocks, self._rounds = blocks, rounds
         self._gradients, self._sums = gradients, sums
-        self._comm_dtype = comm_dtype
+        self._comm_dtype, self._rank = comm_dtype, vectors
         self._dtype: torch.dtype | None = None  # of the gradients
         self._mine = [block for block in blocks if block.owner == plane.rank]
         self._sums_now: dict[str, Tensor] = {}
@@ -104,11 +106,11 @@ class Owners:
             self._complete_sums()
             before = self.plane.sent
             vectors = exchange_vectors(
-                self.plane, self._blocks, self._sums, self.bank.sides, self._comm_dtype, replicas
+                self.plane, self._blocks, self._sums, self.bank.sides, self._comm_dtype, replicas, self._rank
             )
             self.vector_bytes += self.plane.sent - before
             biases: dict[int, list[Tensor]] = {}
-            if "left" in self.bank.sides:
+            if "left" in self.bank.sides and self._rank == 1:
                 biases = collect(self.plane, self._blocks, local, self._dtype, biases_only=True)
             self.bank.update(
                 {
@@ -148,14 +150,19 @@ class Owners:
         loss_scale: float | None,
         good: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Return a block's vectors, of the whole block."""
+        """Return a block's vectors, of the whole block: (size,), or several as (r, size)."""
         vectors: dict[str, Tensor] = {}
         if "right" in self.bank.sides:
-            a = torch.cat(list(found["right"]))
-            vectors["right"] = torch.cat([a, a.new_ones(1)]) if block.bias else a
+            a = torch.cat(list(found["right"]), -1)
+            ones = a.new_ones(1) if self._rank == 1 else found["ones"][0]
+            vectors["right"] = torch.cat([a, ones], -1) if block.bias else a
         if "left" in self.bank.sides:
-            known = biases if block.bias else found["left"]
-            vectors["left"] = in_rows(block, [part.float() for part in known]) / (loss_scale or 1.0)
+            known = [part.float() for part in (biases if block.bias and self._rank == 1 else found["left"])]
+            if self._rank == 1:
+                g = in_rows(block, known)
+            else:
+                g = torch.stack([in_rows(block, list(parts)) for parts in zip(*known, strict=True)])
+            vectors["left"] = g / (loss_scale or 1.0)
         if good is not None:
             vectors = {side: vector * good for side, vector in vectors.items()}
         return vectors

@@ -14,12 +14,16 @@ nothing do not count, nor does one that is thrown away; and where activations ar
 forward passes of a layer exactly the one counts whose graph is used (the first for the non-reentrant form of
 checkpointing, the second for the reentrant one). No count of passes is needed for that.
 
+With a statistics rank above 1 each side has that many vectors, sums of rows with random signs, whose outer
+products estimate the whole second moment (`ds_efficient.mkor.signs`); a bias's gradient then does not do.
+
 A convolution's rows are the positions of its output and its columns the entries of a patch. The sum of all
 patches is found from the sum of the images, so no patch is ever laid out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,10 +33,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ds_efficient.errors import UserError
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from ds_efficient.mkor.signs import RowSketch
+from ds_efficient.mkor.signs import wide_type as _wide
 
 
 def input_sum(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
@@ -85,10 +87,12 @@ class RowSums:
         inputs: whether input rows are summed.
         outputs: whether output gradients are.
         wanted: asked in each forward pass whether it counts.
+        sketch: sums rows with random signs, several vectors a side; None: plain sums.
 
     Attributes:
         module: the layer.
         rows: input rows seen since `clear`, those of all micro-batches.
+        output_rows: rows of the output, as many but for sequence parallelism; counted with a sketch only.
         passes: backward passes that were counted since the beginning.
     """
 
@@ -99,9 +103,11 @@ class RowSums:
         inputs: bool = True,
         outputs: bool = True,
         wanted: Callable[[], bool] = lambda: True,
+        sketch: RowSketch | None = None,
     ) -> None:
         self.module = module
-        self.rows = self.passes = 0
+        self.rows = self.output_rows = self.passes = 0
+        self._sketch = sketch
         self._inputs: Tensor | None = None
         self._outputs: Tensor | None = None
         self._sums_inputs, self._sums_outputs, self._wanted = inputs, outputs, wanted
@@ -115,9 +121,10 @@ class RowSums:
         if not isinstance(output, Tensor) or not output.requires_grad or not arguments:
             return
         x = arguments[0]
+        named = (0, 0) if self._sketch is None else self._sketch.begin_pass()
         total, rows = None, x.numel() // max(1, x.shape[-1])
         if self._sums_inputs:
-            total, rows = input_sum(module, x)
+            total, rows = self._sum_inputs(x, named)
 
         def backward(gradient: Tensor) -> None:
             self.rows += rows
@@ -125,15 +132,35 @@ class RowSums:
             if total is not None:
                 self._inputs = total if self._inputs is None else self._inputs + total
             if self._sums_outputs:
-                found = output_sum(module, gradient.detach())
+                found = self._sum_outputs(gradient.detach(), named)
                 self._outputs = found if self._outputs is None else self._outputs + found
 
         output.register_hook(backward)
 
+    def _sum_inputs(self, x: Tensor, named: tuple[int, int]) -> tuple[Tensor, int]:
+        """Return the sum of a pass's input rows, and their number."""
+        if self._sketch is None:
+            return input_sum(self.module, x)
+        if isinstance(self.module, nn.Conv2d):
+            return self._sketch.of_patches(named, self.module, x)
+        return self._sketch.of_rows("right", named, x), x.numel() // max(1, x.shape[-1])
+
+    def _sum_outputs(self, gradient: Tensor, named: tuple[int, int]) -> Tensor:
+        """Return the sum over the rows of the gradient of a pass's output."""
+        if self._sketch is None:
+            return output_sum(self.module, gradient)
+        if isinstance(self.module, nn.Conv2d):
+            self.output_rows += gradient.numel() // max(1, gradient.shape[-3])
+            return self._sketch.of_positions(named, gradient)
+        self.output_rows += gradient.numel() // max(1, gradient.shape[-1])
+        return self._sketch.of_rows("left", named, gradient)
+
     def clear(self) -> None:
         """Begin a new step."""
-        self.rows = 0
+        self.rows = self.output_rows = 0
         self._inputs = self._outputs = None
+        if self._sketch is not None:
+            self._sketch.restart()
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -151,12 +178,13 @@ class LayerStatistics(RowSums):
 
     Args:
         module: an `nn.Linear` or `nn.Conv2d` whose weight is trained.
+        sketch: for several vectors a side; None: the mean vectors.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, sketch: RowSketch | None = None) -> None:
         self.with_bias = module.bias is not None and module.bias.requires_grad
-        super().__init__(module, outputs=not self.with_bias)
-        if module.bias is not None and self.with_bias:
+        super().__init__(module, outputs=not self.with_bias or sketch is not None, sketch=sketch)
+        if module.bias is not None and self.with_bias and sketch is None:
             self._handles.append(module.bias.register_post_accumulate_grad_hook(self._bias))
 
     def _bias(self, bias: Tensor) -> None:
@@ -165,16 +193,22 @@ class LayerStatistics(RowSums):
             self._outputs = bias.grad.detach().to(_wide(bias.grad), copy=True)
 
     def vectors(self, loss_scale: float = 1.0) -> tuple[Tensor, Tensor] | None:
-        """Return a and g of the step so far; None where no backward pass reached the layer.
+        """Return a and g of the step so far, or all of them; None where no backward pass reached the layer.
 
         Args:
             loss_scale: what the loss was multiplied by.
 
         Returns:
-            (in,) or, with a trained bias, (in + 1,); and (out,).
+            (in,) or, with a trained bias, (in + 1,); and (out,). With a sketch of r vectors (r, in), or
+            (r, in + 1), and (r, out).
         """
         if not self.rows or self._inputs is None or self._outputs is None:
             return None
+        if self._sketch is not None:
+            inputs = self._inputs if self.with_bias else self._inputs[:, :-1]
+            return inputs / math.sqrt(self.rows), (
+                self._outputs[:, :-1] * (math.sqrt(self.output_rows) / loss_scale)
+            )
         a = self._inputs / self.rows
         if self.with_bias:
             a = torch.cat([a, a.new_ones(1)])

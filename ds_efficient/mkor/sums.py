@@ -1,4 +1,4 @@
-"""Rank-1 statistics of a layer in an engine: sums of input rows and of output gradients of this rank.
+"""Statistics of a layer in an engine: sums of input rows and of output gradients of this rank.
 
 Hooks on the layer itself, whatever it computes inside (`nn.Linear`, megatron-core's parallel layers, sparse
 or sketched ones): what a forward pass found is added when the backward pass reaches the layer's output, so
@@ -11,13 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ds_efficient.mkor.signs import RowSketch
 from ds_efficient.mkor.statistics import RowSums
 
 
 class Collecting:
-    """Whether the present step's statistics are wanted: shared by all layers."""
+    """Whether the present step's statistics are wanted: shared by all layers.
+
+    Attributes:
+        on: whether they are.
+        step: optimizer steps done.
+    """
 
     on = False
+    step = 0
 
 
 class LayerSums(RowSums):
@@ -28,32 +35,51 @@ class LayerSums(RowSums):
         inputs: whether input rows are summed.
         outputs: whether output gradients are.
         collecting: switch.
+        sketch: for several vectors a side; None: plain sums.
     """
 
-    def __init__(self, module: nn.Module, inputs: bool, outputs: bool, collecting: Collecting) -> None:
-        super().__init__(module, inputs=inputs, outputs=outputs, wanted=lambda: collecting.on)
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: bool,
+        outputs: bool,
+        collecting: Collecting,
+        sketch: RowSketch | None = None,
+    ) -> None:
+        super().__init__(module, inputs=inputs, outputs=outputs, wanted=lambda: collecting.on, sketch=sketch)
 
     def packet(self, side: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return what is sent of one vector.
+        """Return what is sent of one side's vector or vectors.
 
         Args:
-            side: "right" for the sum of input rows, "left" for the sum of output gradients.
-            dtype: of the vector.
+            side: "right" for the sums of input rows, "left" for the sums of output gradients.
+            dtype: of the vectors.
 
         Returns:
-            (2,) fp32: the weight (rows) and the scale; and the vector divided by the scale, of `dtype`.
+            (2,) fp32: the weight (rows) and the scale; with a sketch of r vectors (2 + r,), the sums of signs
+            behind them. And the vectors divided by the scale, flat, of `dtype`.
         """
         found = self._inputs if side == "right" else self._outputs
         assert found is not None
-        total = found.float()
+        total, rows = found.float(), self.rows
+        ones = total[:0]
+        if self._sketch is not None:
+            total, ones = total[:, :-1].flatten(), total[:, -1]
+            rows = self.rows if side == "right" else self.output_rows
         scale = total.abs().amax()
         # an infinite entry stays one, and says so at the owner
         safe = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
-        return torch.stack([torch.full_like(safe, float(self.rows)), safe]), (total / safe).to(dtype)
+        header = torch.stack([torch.full_like(safe, float(rows)), safe])
+        return torch.cat([header, ones]), (total / safe).to(dtype)
 
     def ensure(self, inputs: int, outputs: int, device: torch.device) -> None:
         """Take zeros where no backward pass reached the layer, so that every rank has something to send."""
+
+        def nothing(size: int) -> Tensor:
+            sizes = (size,) if self._sketch is None else (self._sketch.vectors, size + 1)
+            return torch.zeros(sizes, device=device)
+
         if self._inputs is None and self._sums_inputs:
-            self._inputs = torch.zeros(inputs, device=device)
+            self._inputs = nothing(inputs)
         if self._outputs is None and self._sums_outputs:
-            self._outputs = torch.zeros(outputs, device=device)
+            self._outputs = nothing(outputs)

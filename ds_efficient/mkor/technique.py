@@ -8,6 +8,7 @@ and multiply, and every rank takes its elements back. Neither ZeRO nor the optim
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ds_efficient.core import deepspeed_compat as compat
 from ds_efficient.core.deepspeed_gradients import AveragedGradients
+from ds_efficient.core.keys import Key
 from ds_efficient.core.technique import Action, Evidence, Outlook, RunContext, StepContext, Technique
 from ds_efficient.errors import CheckpointError, UserError
 from ds_efficient.mkor import layers as planning
@@ -27,6 +29,7 @@ from ds_efficient.mkor.exchange import Plane
 from ds_efficient.mkor.hybrid import HybridSwitch
 from ds_efficient.mkor.owners import Owners
 from ds_efficient.mkor.reading import read_layer
+from ds_efficient.mkor.signs import RowSketch
 from ds_efficient.mkor.sums import Collecting, LayerSums
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROUND = 1 << 25  # elements of gradients that an owner handles at a time
+_ROUND = 1 << 26  # elements of gradients that an owner handles at a time, where they are exchanged
 
 
 class MkorTechnique(Technique[MkorConfig]):
@@ -128,22 +131,40 @@ class MkorTechnique(Technique[MkorConfig]):
             device=device,
         )
         self._hook(blocks, bank.sides)
-        rounds = make_rounds(blocks, plane.size, _ROUND)
-        self.owners = Owners(plane, blocks, rounds, bank, gradients, self._sums, DTYPES[config.comm_dtype])
+        # alone, a rank works on its gradients where they are: no memory to spare, and the most together
+        rounds = make_rounds(blocks, plane.size, _ROUND if plane.size > 1 else math.inf)
+        dtype, vectors = DTYPES[config.comm_dtype], config.statistics_rank
+        self.owners = Owners(plane, blocks, rounds, bank, gradients, self._sums, dtype, vectors)
         if self.switch is not None:
             compat.override(engine, "backward", self._watch_loss)
         self._decide(int(engine.global_steps))
 
     def _hook(self, blocks: Sequence[Block], sides: Sequence[str]) -> None:
         """Sum the statistics that the blocks need."""
-        without_bias = {block.layer.name for block in blocks if not block.bias}
+        several = self.config.statistics_rank > 1
+        # one output vector of a layer with a bias is the bias's gradient
+        hooked = {block.layer.name for block in blocks if several or not block.bias}
         for layer in self.layers:
             self._sums[layer.name] = LayerSums(
                 layer.module,
                 inputs="right" in sides,
-                outputs="left" in sides and layer.name in without_bias,
+                outputs="left" in sides and layer.name in hooked,
                 collecting=self._collecting,
+                sketch=self._sketch(layer) if several else None,
             )
+
+    def _sketch(self, layer: Layer) -> RowSketch:
+        """Return what draws the signs of a layer's rows."""
+        context, collecting = self.context, self._collecting
+        # of a layer that is cut, one side's rows are each tensor-parallel rank's own, the other's all ranks'
+        own = {"out": "right", "in": "left"}.get(layer.cut or "") if layer.sequence_parallel else None
+        return RowSketch(
+            Key(context.seed, ("mkor", layer.name)),
+            self.config.statistics_rank,
+            lambda: collecting.step,
+            context.data_parallel_rank,
+            {own: context.tensor_parallel_rank} if own else {},
+        )
 
     def _watch_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -170,6 +191,7 @@ class MkorTechnique(Technique[MkorConfig]):
         Args:
             step: optimizer steps done.
         """
+        self._collecting.step = step
         last, interval = self._last_update, self.config.inversion_interval
         # every multiple of the interval, or the next step that is not skipped
         due = last is None or step < self.config.warmup_steps or step // interval > last // interval
@@ -286,6 +308,7 @@ class MkorTechnique(Technique[MkorConfig]):
             "last_update": self._last_update,
             "updates": self._updates,
             "steps": self._steps,
+            "statistics_rank": self.config.statistics_rank,
             "hybrid": None if self.switch is None else self.switch.state_dict(),
         }
 
@@ -293,8 +316,13 @@ class MkorTechnique(Technique[MkorConfig]):
         """Restore; a run that has switched stays switched.
 
         Raises:
-            CheckpointError: one of the saved run and this one uses MKOR-H.
+            CheckpointError: one of the saved run and this one uses MKOR-H, or another number of vectors.
         """
+        saved, here = state.get("statistics_rank", 1), self.config.statistics_rank
+        if saved != here:
+            raise CheckpointError(
+                f"mkor.statistics_rank: saved with {saved}, here {here}; use the value it was saved with"
+            )
         if (state["hybrid"] is None) != (self.switch is None):
             raise CheckpointError(
                 "mkor.hybrid.enabled: the saved run and this one differ; use the value it was saved with"

@@ -17,8 +17,8 @@ Products are made in float32 for float32 gradients and on the CPU; for half grad
 in the gradient's own type with float32 sums. Their error is at most some 2^-8 (bfloat16) or 2^-11 (float16)
 of ``|M_L| |M_R| |G|`` in spectral norms, the order of what rounding G to that type has cost already. Of
 layers of equal shapes everything is a batched product, but for those that read or write a gradient too large
-to be copied: these are taken one after another, so that the memory beside the gradients is one product, and
-some operands.
+to be copied: these are taken one after another, so that the memory beside the gradients is some operands and
+a few products, of 2^26 elements together.
 
 The norms, the scalar product of P and G, the decision and the scaling of weight and bias together are two
 launches for up to 80 tensors (``csrc/mkor/mkor_rescale.cu``). Nothing waits for the device.
@@ -41,6 +41,7 @@ __all__ = ["DTYPES", "LowRank", "operations", "precondition_", "rescale_"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL = 1 << 20  # elements of a gradient that does not fill a GPU by itself
 _TOGETHER = 1 << 24  # elements of small gradients, or of operands, that are stacked
+_WAITING = 1 << 26  # elements of products of large gradients that are rescaled together
 _ALIGNED = 8  # elements of a row that tensor cores take at a time
 OPERATORS = operators.LIBRARY  # the operator exists as long as this object
 
@@ -118,12 +119,13 @@ def precondition_(
         chosen = [layers[index] for index in members]
         products, column, subtract = _products(chosen)
         columns = [None] * len(chosen) if column is None else column.unbind()
-        large = chosen[0].weight.numel() > _SMALL
+        elements = chosen[0].weight.numel()
+        most = max(1, _WAITING // elements) if elements > _SMALL else len(chosen)
         found: list[Tensor] = []
         waiting: list[tuple[_Layer, Tensor, Tensor | None]] = []
         for one in zip(chosen, products, columns, strict=True):
             waiting.append(one)
-            if large or len(found) + len(waiting) == len(chosen):  # of a large layer one product at a time
+            if len(waiting) == most or len(found) + len(waiting) == len(chosen):
                 found += _replace(waiting, subtract, backend)
                 waiting.clear()
         for index, row in zip(members, found, strict=True):

@@ -33,39 +33,43 @@ def config(stage: int = 0, **mkor: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reference(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+def reference(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
     """Return one rank's run of a model; each runs once."""
-    known: dict[str, Outcome] = {}
+    known: dict[tuple[str, int], Outcome] = {}
 
-    def run(model: str) -> Outcome:
-        if model not in known:
+    def run(model: str, vectors: int = 1) -> Outcome:
+        if (model, vectors) not in known:
             folder = tmp_path_factory.mktemp("run")
-            known[model] = train(ranks, 1, folder, model, config(), steps=STEPS, model=SHALLOW)
-        return known[model]
+            settings = config(statistics_rank=vectors)
+            known[model, vectors] = train(ranks, 1, folder, model, settings, steps=STEPS, model=SHALLOW)
+        return known[model, vectors]
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("size", "model", "layout", "stage"),
+    ("size", "model", "layout", "stage", "vectors"),
     [
-        (2, "", f"{SEQUENCE} {RECOMPUTE}", 1),
-        (2, "", PIPELINE, 0),
-        (4, LLAMA, SEQUENCE, 3),
+        (2, "", f"{SEQUENCE} {RECOMPUTE}", 1, 1),
+        (2, "", PIPELINE, 0, 1),
+        (4, LLAMA, SEQUENCE, 3, 1),
+        (4, "", f"{TENSOR} {PIPELINE} {RECOMPUTE}", 0, 3),  # all ranks of one data-parallel rank draw alike
     ],
     ids=str,
 )
 def test_every_layout_follows_one_rank(
     ranks: Ranks,
     tmp_path: Path,
-    reference: Callable[[str], Outcome],
+    reference: Callable[..., Outcome],
     size: int,
     model: str,
     layout: str,
     stage: int,
+    vectors: int,
 ) -> None:
-    expected = reference(model)
-    run = train(ranks, size, tmp_path, f"{model} {layout}", config(stage), steps=STEPS, model=SHALLOW)
+    expected = reference(model, vectors)
+    settings = config(stage, statistics_rank=vectors)
+    run = train(ranks, size, tmp_path, f"{model} {layout}", settings, steps=STEPS, model=SHALLOW)
     assert run.status == [0] * size
     assert run.losses == pytest.approx(expected.losses, rel=1e-4)
     assert run.norms == pytest.approx(expected.norms, rel=1e-4)
@@ -75,8 +79,24 @@ def test_every_layout_follows_one_rank(
     assert metrics[0]["stabilizer_hits"] == metrics[1]["stabilizer_hits"] > 0
 
 
+def test_sums_of_several_vectors_do_not_depend_on_who_has_the_rows(ranks: Ranks, tmp_path: Path) -> None:
+    """With equal signs; rows of sequence-parallel and data-parallel ranks are parts of one batch."""
+    one, two = (
+        train(
+            ranks, size, tmp_path / str(size), layout, config(1, statistics_rank=2), steps=STEPS,
+            model=SHALLOW, script="mkor_ranks:run_script_with_equal_signs",
+        )
+        for size, layout in ((1, ""), (4, SEQUENCE))
+    )  # fmt: skip
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
+    assert two.norms == pytest.approx(one.norms, rel=1e-4)
+    metrics = [run.of("train", "mkor")[-1] for run in (one, two)]
+    assert metrics[1]["cosine"] == pytest.approx(metrics[0]["cosine"], rel=1e-4)
+    assert 0.1 < metrics[0]["cosine"] < 0.999
+
+
 def test_factors_of_each_shard_are_another_method(
-    ranks: Ranks, tmp_path: Path, reference: Callable[[str], Outcome]
+    ranks: Ranks, tmp_path: Path, reference: Callable[..., Outcome]
 ) -> None:
     settings = config(1, tensor_parallel="block")
     run = train(ranks, 2, tmp_path, SEQUENCE, settings, steps=STEPS, model=SHALLOW)

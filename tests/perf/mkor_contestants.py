@@ -44,6 +44,8 @@ class Contestant:
 
 _RIGHT, _LEFT = {"sides": "right"}, {"sides": "left"}
 _EVERY_STEP = {"sides": "right", "inversion_interval": 1}
+_EIGHT = {"sides": "right", "statistics_rank": 8}
+_EIGHT_WARM = {**_EIGHT, "gamma": 0.5, "zeta": 0.45, "warmup_steps": 30}
 _WARM = {"sides": "right", "gamma": 0.5, "zeta": 0.45, "warmup_steps": 30}
 CONTESTANTS = {
     "sgd": Contestant("sgd"),
@@ -56,6 +58,11 @@ CONTESTANTS = {
     "mkor_right": Contestant("adamw", "mkor", _RIGHT),
     "mkor_right_f1": Contestant("adamw", "mkor", _EVERY_STEP),
     "mkor_right_warm": Contestant("adamw", "mkor", _WARM),
+    "mkor_right_gamma": Contestant("adamw", "mkor", {**_WARM, "warmup_steps": 0}),
+    "mkor_right_first": Contestant("adamw", "mkor", {**_RIGHT, "warmup_steps": 30}),
+    "mkor_right_r8": Contestant("adamw", "mkor", _EIGHT),
+    "mkor_right_r8_warm": Contestant("adamw", "mkor", _EIGHT_WARM),
+    "mkor_r8": Contestant("adamw", "mkor", {"statistics_rank": 8}),
     "mkor_left": Contestant("adamw", "mkor", _LEFT),
     "mkor_sgd": Contestant("sgd", "mkor"),
     "mkor_right_sgd": Contestant("sgd", "mkor", _RIGHT),
@@ -64,6 +71,8 @@ CONTESTANTS = {
     "mkor_right_muon": Contestant("muon", "mkor", _RIGHT),
     "mkor_right_muon_f1": Contestant("muon", "mkor", _EVERY_STEP),
     "mkor_right_muon_warm": Contestant("muon", "mkor", _WARM),
+    "mkor_right_r8_muon": Contestant("muon", "mkor", _EIGHT),
+    "mkor_right_r8_muon_warm": Contestant("muon", "mkor", _EIGHT_WARM),
     "mkor_h": Contestant("adamw", "mkor_h"),
     "mkor_right_h": Contestant("adamw", "mkor_h", _RIGHT),
 }

@@ -54,6 +54,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "interval=1": {"inversion_interval": 1},
     "interval=1,gamma=0.99": {"inversion_interval": 1, "gamma": 0.99},
     "interval=50": {"inversion_interval": 50},
+    "rank=2": {"statistics_rank": 2},
+    "rank=32": {"statistics_rank": 32},
     "gamma=0.5": {"gamma": 0.5, "zeta": 0.45},
     "warmup=30": {"warmup_steps": 30},
     "gamma=0.5,warmup=30": {"gamma": 0.5, "zeta": 0.45, "warmup_steps": 30},
@@ -235,6 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compare MKOR with other optimizers on small problems.")
     parser.add_argument("command", choices=("compare", "settings", "formula"))
     parser.add_argument("--arms", nargs="+", choices=tuple(CONTESTANTS), default=None)
+    parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="default: of the problem")
     parser.add_argument("--output", type=Path, default=DATA)
@@ -247,8 +250,8 @@ def main() -> int:
             rows += contestant(name, "", {}, args.seeds, args.steps)
     else:
         arms = args.arms or ("mkor_right",)
-        for name, (title, settings) in itertools.product(arms, SETTINGS.items()):
-            rows += contestant(name, title, settings, args.seeds, args.steps)
+        for name, title in itertools.product(arms, args.only):
+            rows += contestant(name, title, SETTINGS[title], args.seeds, args.steps)
     target = {"compare": "mkor_problems", "settings": "mkor_settings", "formula": "mkor_formula"}
     path = write_csv(target[args.command], [{**row, **common} for row in rows], args.output, CPU)
     print(f"wrote {path.name}")

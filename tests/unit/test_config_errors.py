@@ -68,6 +68,10 @@ CASES = [
     ),
     ({"rmm": {"min_rows": "64"}}, 'rmm.min_rows: "64" is not allowed; expected an integer >= 1'),
     (
+        {"mkor": {"statistics_rank": 65}},
+        "mkor.statistics_rank: 65 is not allowed; expected an integer >= 1 and <= 64",
+    ),
+    (
         {"mkor": {"stabilizer": {"zeta": 1}}},
         "mkor.stabilizer.zeta: 1 is not allowed; expected a number >= 0 and < 1",
     ),

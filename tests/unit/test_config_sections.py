@@ -133,6 +133,7 @@ WARNED = [
     ("mkor", {"enabled": True, "gamma": 1}, "x.gamma: 1 gives new statistics no weight"),
     ("mkor", {"hybrid": {"enabled": True, "ema": 300}}, "x.hybrid.min_steps: 200 is shorter than"),
     ("mkor", {"enabled": True, "max_rank": 8}, 'x.max_rank: has no effect with form "dense"'),
+    ("mkor", {"enabled": True, "form": "factored", "max_rank": 8, "statistics_rank": 8}, "x.statistics_rank"),
 ]
 
 
@@ -341,6 +342,7 @@ STRATEGIES = {
             warmup_steps=COUNTS,
             sides=st.sampled_from(["both", "left", "right"]),
             max_rank=COUNTS,
+            statistics_rank=st.integers(1, 64),
             comm_dtype=st.sampled_from(["fp32", "bf16", "fp16"]),
             tensor_parallel=st.sampled_from(["exact", "block"]),
             exclude=names(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from ds_efficient.core.deepspeed_gradients import AveragedGradients
 from ds_efficient.core.inventory import Inventory, ModelShape
 from ds_efficient.core.plan import build_plan
 from ds_efficient.core.technique import RunContext
-from ds_efficient.errors import UnsupportedVersion, UserError
+from ds_efficient.errors import CheckpointError, UnsupportedVersion, UserError
 from ds_efficient.mkor.blocks import (
     Block,
     Layer,
@@ -82,6 +83,64 @@ def test_the_plan_states_cost_and_memory() -> None:
     without = build_plan({"train_batch_size": 8}, SHAPE, world_size=8)
     added = plan.memory[0].buffers - without.memory[0].buffers
     assert added == pytest.approx(found.numbers["factor_bytes_per_rank"], rel=1e-3)
+
+
+def test_the_plan_counts_every_vector_of_an_update() -> None:
+    mkor = {"enabled": True, "inversion_interval": 4}
+    one, eight = (
+        build_plan({"train_batch_size": 8, "mkor": {**mkor, "statistics_rank": rank}}, SHAPE, world_size=8)
+        .outlooks["mkor"]
+        .numbers
+        for rank in (1, 8)
+    )
+    sizes = [(3072, 1025), (1024, 1025), (4096, 1025), (1024, 4097)] * 2
+    updates = sum(4 * (out**2 + width**2) for out, width in sizes)
+    assert eight["flops_per_step"] - one["flops_per_step"] == 7 * updates / 4
+    assert one["vector_bytes_per_update"] == 4 * sum(width - 1 for _, width in sizes)
+    assert eight["vector_bytes_per_update"] == 4 * 8 * sum(out + width - 1 for out, width in sizes)
+    assert eight["factor_bytes"] == one["factor_bytes"]
+    inventory = Inventory.from_shape(SHAPE)
+    actions = {a.module: a.action for a in plan_layers(section(statistics_rank=8), RunContext(), inventory)}
+    assert actions[FC1] == "dense, both sides, 8 vectors"
+
+
+@pytest.mark.parametrize(
+    ("cut", "sequence_parallel", "own"),
+    [
+        (None, False, []),
+        ("out", False, []),
+        ("in", False, []),
+        ("out", True, ["right"]),
+        ("in", True, ["left"]),
+    ],
+)
+def test_tensor_parallel_ranks_draw_alike_where_they_have_the_same_rows(
+    cut: Any, sequence_parallel: bool, own: list[str]
+) -> None:
+    """A column-parallel layer's inputs and a row-parallel one's outputs are cut by sequence parallelism."""
+    x = 2 ** torch.arange(40.0, dtype=torch.float64)[:, None]  # a sum tells all signs
+    drawn = []
+    for data, tensor in ((0, 0), (0, 1), (1, 0)):
+        context = RunContext(
+            data_parallel_rank=data, data_parallel_size=2, tensor_parallel_rank=tensor, tensor_parallel_size=2
+        )
+        technique = MkorTechnique(section(statistics_rank=2), context)
+        made = technique._sketch(
+            Layer("fc", nn.Linear(1, 1), 2, 2, True, cut=cut, sequence_parallel=sequence_parallel)
+        )
+        drawn.append({side: made.of_rows(side, made.begin_pass(), x) for side in ("left", "right")})
+    assert [side for side in ("left", "right") if not torch.equal(drawn[0][side], drawn[1][side])] == own
+    assert not any(torch.equal(drawn[0][side], drawn[2][side]) for side in ("left", "right"))
+
+
+def test_a_checkpoint_of_another_statistics_rank_is_refused_by_name() -> None:
+    state = MkorTechnique(section(), RunContext()).state_dict()
+    three = MkorTechnique(section(statistics_rank=3), RunContext())
+    with pytest.raises(CheckpointError, match=r"mkor.statistics_rank: saved with 1, here 3"):
+        three.load_state_dict(state)
+    del state["statistics_rank"]  # as runs saved it that knew of one vector only
+    MkorTechnique(section(), RunContext()).load_state_dict(state)
+    three.load_state_dict(three.state_dict())
 
 
 def test_models_and_layers_that_cannot_be_preconditioned_are_refused_by_name() -> None:
@@ -191,6 +250,8 @@ def test_owners_share_the_work_and_rounds_hold_every_block_once(
         for rank in range(ranks):
             mine: list[Block] = [block for block in group if block.owner == rank]
             assert len(mine) <= 1 or sum(block.numel for block in mine) <= most
+            assert mine == sorted(mine, key=lambda block: block.rows)  # those of one shape together
+    assert len(make_rounds(blocks, ranks, math.inf)) == 1
 
 
 @given(st.data())
