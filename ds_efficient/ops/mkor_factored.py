@@ -300,15 +300,14 @@ class FactoredFactors:
             fires, largest = group.stabilize(torch.where(good, largest, 0.0), threshold, zeta)
             group.take_in(v, gamma, largest, good)
             group.changed()
-            group.refresh()
+            self._stale.add(id(group))  # once for several updates one after another
             kind = torch.where(fires, BLENDED, UPDATED)
             found = torch.where(good, kind, LEFT).to(torch.int32)
             outcome.index_copy_(0, group.places, found)
-        self._stale.clear()
         return outcome
 
     def operand(self, index: int) -> Tensor:
-        """Return W (d, k) with ``M = a (I - W W^T)``, up to `damping`."""
+        """Return W (d, k) with ``M = a (I - W W^T)``, up to `damping`; made when first asked for."""
         group, place = self._places[index]
         if id(group) in self._stale:
             group.refresh()

@@ -116,7 +116,12 @@ class Case:
         self._step += 1
         self.vectors = self.vectors.roll(self._step % 7 + 1)
         if self.form == "factored":
-            return self.factors.update_(self.vectors, **RULE)
+            outcome = self.factors.update_(self.vectors, **RULE)
+            for index in range(len(self.factors)):
+                self.factors.operand(
+                    index
+                )  # made of the factor when asked for
+            return outcome
         return mkor.update_(self.matrices, self.vectors, self.largest, **RULE)
 
     def _factor(self, index: int) -> Tensor | LowRank:
