@@ -118,9 +118,7 @@ class Case:
         if self.form == "factored":
             outcome = self.factors.update_(self.vectors, **RULE)
             for index in range(len(self.factors)):
-                self.factors.operand(
-                    index
-                )  # made of the factor when asked for
+                self.factors.operand(index)  # made of the factor when asked for
             return outcome
         return mkor.update_(self.matrices, self.vectors, self.largest, **RULE)
 
