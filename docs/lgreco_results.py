@@ -40,6 +40,7 @@ PLANNER = "python tests/perf/lgreco_planner.py"
 HOSTS = "python tests/perf/lgreco_hosts.py"
 QUALITY = "python tests/perf/lgreco_quality.py run"
 KERNELS = "python tests/perf/lgreco_kernels.py"
+STEPS = "python tests/perf/training_step.py --gpus 2 --cases 1.3b-fused 1.3b-lgreco 1.3b-lgreco-qsgd"
 
 
 def planner() -> str:
@@ -195,6 +196,37 @@ def _plan(plan: Row, layers: list[Row]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def steps() -> str:
+    """Return the table of whole training steps on GPUs, each beside the first case with the same model."""
+
+    def render(rows: list[Row]) -> list[str]:
+        first: dict[str, Row] = {}
+        bases = [first.setdefault(row["case"].split("-")[0], row) for row in rows]
+        return table(
+            ("case", "GPUs", "ms a step", "speed against dense", "tokens/s", "bytes a step, MB",
+             "without compression, MB", "fewer bytes", "as fast as dense at, Gbit/s", "peak memory, GiB"),
+            (
+                (row["case"], row["gpus"], number(row, "ms_per_step", 1),
+                 f"{float(base['ms_per_step']) / float(row['ms_per_step']):.2f}x",
+                 f"{float(row['tokens_per_second']):,.0f}", *_sent(row, base),
+                 f"{float(row['peak_memory']) / 2**30:.1f}")
+                for row, base in zip(rows, bases, strict=True)
+            ),
+        )  # fmt: skip
+
+    return each("training_step_lgreco", render, STEPS)
+
+
+def _sent(row: Row, base: Row) -> tuple[str, ...]:
+    """Bytes, and the rate at which bytes saved take as long as the step has become longer, nothing hidden."""
+    if not row.get("bytes"):
+        return "-", "-", "-", "-"
+    sent, raw = float(row["bytes"]), float(row["raw_bytes"])
+    longer = float(row["ms_per_step"]) - float(base["ms_per_step"])
+    even = f"{8 * (raw - sent) / (1e6 * longer):,.0f}" if longer > 0 else "any"
+    return f"{sent / 1e6:,.1f}", f"{raw / 1e6:,.1f}", f"{raw / sent:.1f}x", even
+
+
 def kernels() -> str:
     """Return the table of the kernels."""
 
@@ -225,6 +257,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "lgreco_plan_costs.md": plan_costs,
     "lgreco_quality.md": quality,
     "lgreco_choices.md": choices,
+    "lgreco_steps.md": steps,
     "lgreco_kernels.md": kernels,
 }
 

@@ -14,6 +14,7 @@ largest entries NaN and infinity are the first. So an overflow is seen after dec
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
 from ds_efficient.ops import lgreco_quantize as quantize
 from ds_efficient.ops import lgreco_topk as topk
-from ds_efficient.ops.lgreco_topk_reference import numbers
+from ds_efficient.ops.lgreco_topk_reference import index_dtype, numbers
 
 DTYPES = quantize.DTYPES
 SMALLEST = 1024  # elements: fewer are sent raw
@@ -170,6 +171,14 @@ class QSGD:
             out, payload, self.bits, self.bucket, weight=weight, accumulate=accumulate, backend=backend
         )
 
+    def compress_parts(self, parts: Sequence[Tensor], key: Key | int = 0) -> Tensor:
+        """Payload of several tensors as one; see `ds_efficient.ops.lgreco_quantize.quantize_parts`."""
+        return quantize.quantize_parts(parts, key, self.bits, self.bucket)
+
+    def decompress_parts_(self, payload: Tensor, parts: Sequence[Tensor], *, weight: float = 1.0) -> None:
+        """Write ``weight`` times the sum of payloads (ranks, bytes) over the tensors they stand for."""
+        quantize.dequantize_parts_(parts, payload, self.bits, self.bucket, weight=weight)
+
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """ceil(n * bits / 8) + 8 * ceil(n / bucket), whatever the dtype."""
         return quantize.payload_bytes(math.prod(shape), self.bits, self.bucket)
@@ -198,7 +207,7 @@ class TopK:
 
     def kept(self, shape: Sequence[int]) -> int:
         """Entries that are sent, k."""
-        return math.ceil(Fraction(str(self.density)) * math.prod(shape))
+        return _share_of(self.density, math.prod(shape))
 
     def compress(
         self,
@@ -257,9 +266,19 @@ class TopK:
             topk.scatter_(out, row, self.kept(shape), sent, weight=weight, accumulate=True, backend=backend)
         return out
 
+    def values(self, payload: Tensor, shape: Sequence[int], sent: torch.dtype) -> Tensor:
+        """The values in payloads (ranks, bytes) of tensors of a shape, compressed in the dtype ``sent``."""
+        indices = self.kept(shape) * index_dtype(math.prod(shape)).itemsize
+        return torch.cat([numbers(row[indices:], sent) for row in payload])
+
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """k * (size of an index + size of a value)."""
         return topk.payload_bytes(math.prod(shape), self.kept(shape), dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _share_of(density: float, count: int) -> int:
+    return math.ceil(Fraction(str(density)) * count)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

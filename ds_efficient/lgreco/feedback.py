@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
 from ds_efficient.lgreco.compressors import QSGD, TopK
+from ds_efficient.ops import lgreco_low_rank as low_rank
 
 ErrorKind = Literal["l2", "l2_squared"]
 
@@ -48,16 +49,32 @@ class ErrorFeedback:
         Raises:
             UserError: the shape is not that of the error.
         """
-        gradient, error = gradient.detach(), self._errors.get(name)
+        gradient, error = gradient.detach(), self._error_for(name, gradient)
         if error is None:
             return gradient.to(torch.float32, copy=True).mul_(unscale)
-        if error.shape != gradient.shape:
-            raise UserError(
-                f"the error of {name!r} has shape {tuple(error.shape)}, its gradient {tuple(gradient.shape)}"
-            )
         if self._immediate:
             return error.add_(gradient, alpha=unscale)
         return torch.add(error, gradient, alpha=unscale)
+
+    def projected(self, name: str, gradient: Tensor, q: Tensor, p: Tensor, *, unscale: float = 1.0) -> Tensor:
+        """As `corrected`, and its product with q^T is written over ``p``, on the CPU in one pass.
+
+        Args:
+            name, gradient, unscale: as in `corrected`; (n, ...), m elements a row.
+            q: (r, m) float32, contiguous.
+            p: (n, r) float32, contiguous.
+
+        Raises:
+            UserError: the shape is not that of the error.
+        """
+        error = self._error_for(name, gradient)
+        made = error if self._immediate and error is not None else _empty(gradient)
+        low_rank.project(gradient, error, q, made, p, unscale=unscale)
+        return made
+
+    def keep(self, name: str, error: Tensor) -> None:
+        """Note the error of this step as it is; takes the memory."""
+        (self._errors if self._immediate else self._pending)[name] = error
 
     def record(self, name: str, corrected: Tensor, sent: Tensor) -> None:
         """Note the error ``corrected`` - ``sent`` of this step; overwrites ``corrected`` with it.
@@ -67,7 +84,7 @@ class ErrorFeedback:
             corrected: result of `corrected`.
             sent: what the other ranks make of this rank's payload, the same shape.
         """
-        (self._errors if self._immediate else self._pending)[name] = corrected.sub_(sent)
+        self.keep(name, corrected.sub_(sent))
 
     def compress(
         self,
@@ -93,19 +110,12 @@ class ErrorFeedback:
             UserError: the shape is not that of the error, or another argument does not fit.
             OpBuildError: the compiled code cannot be built.
         """
-        error = self._errors.get(name)
-        if self._immediate and error is not None:
-            new_error = error
-        else:
-            new_error = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
-        if error is not None and error.shape != gradient.shape:
-            raise UserError(
-                f"the error of {name!r} has shape {tuple(error.shape)}, its gradient {tuple(gradient.shape)}"
-            )
+        error = self._error_for(name, gradient)
+        new_error = error if self._immediate and error is not None else _empty(gradient)
         payload = compressor.compress(
             gradient, key, error=error, unscale=unscale, new_error=new_error, out=out
         )
-        (self._errors if self._immediate else self._pending)[name] = new_error
+        self.keep(name, new_error)
         return payload
 
     def commit(self) -> None:
@@ -143,6 +153,14 @@ class ErrorFeedback:
             if self._immediate:
                 self._errors.pop(name, None)
 
+    def _error_for(self, name: str, gradient: Tensor) -> Tensor | None:
+        error = self._errors.get(name)
+        if error is not None and error.shape != gradient.shape:
+            raise UserError(
+                f"the error of {name!r} has shape {tuple(error.shape)}, its gradient {tuple(gradient.shape)}"
+            )
+        return error
+
     def error(self, name: str) -> Tensor | None:
         """The error of a tensor, None before the first commit."""
         return self._errors.get(name)
@@ -167,6 +185,10 @@ class ErrorFeedback:
                 raise UserError(f"the error of {name!r} is {error.dtype}; expected torch.float32")
         self._errors = {name: error.detach().clone() for name, error in state.items()}
         self.rollback()
+
+
+def _empty(gradient: Tensor) -> Tensor:
+    return torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
 
 
 def compression_error(original: Tensor, sent: Tensor, kind: ErrorKind = "l2") -> Tensor:

@@ -20,6 +20,7 @@ from ds_efficient.lgreco.compressors import QSGD, TopK
 from ds_efficient.lgreco.feedback import ErrorFeedback
 from ds_efficient.lgreco.powersgd import orthonormal_
 from ds_efficient.lgreco.transport import Handle, Transport
+from ds_efficient.ops.lgreco_low_rank import project_back, rebuild
 
 Waits = Iterator[Handle]
 _KEPT_ELEMENTS = 1 << 23  # of scratch memory; single gradients above it are rare
@@ -98,22 +99,17 @@ def quantised(shared: Shared, items: Sequence[Item], compressor: QSGD) -> Waits:
     averages, quantises the mean again, and gathers. That sends 2 (n-1)/n payloads instead of n - 1.
     """
     transport, bucket = shared.transport, compressor.bucket
-    lengths = [-(-item.gradient.numel() // bucket) * bucket for item in items]
-    parts: list[Tensor] = []
-    for item, length in zip(items, lengths, strict=True):
-        parts += _filled(item.gradient.reshape(-1), length)
-    count, like = sum(lengths), items[0].gradient
-    flat = shared.scratch("flat", count, like.dtype, like.device)
-    torch.cat(parts, out=flat)
-    payload = compressor.compress(flat, shared.key.fold("qsgd", compressor.bits, transport.rank))
+    gradients = [item.gradient for item in items]
+    key = shared.key.fold("qsgd", compressor.bits, transport.rank)
+    payload = compressor.compress_parts(gradients, key)
     if transport.ranks <= _GATHERED_RANKS:
         everyone, handle = transport.start_all_gather(payload)
         yield handle
-        mean = shared.scratch("mean", count, torch.float32, like.device)
-        compressor.decompress(everyone, mean.shape, out=mean, weight=1 / transport.ranks)
+        compressor.decompress_parts_(everyone, gradients, weight=1 / transport.ranks)
     else:
-        mean = yield from _reduced_by_parts(shared, compressor, payload, count)
-    _spread(mean, items, lengths)
+        lengths = [-(-gradient.numel() // bucket) * bucket for gradient in gradients]
+        mean = yield from _reduced_by_parts(shared, compressor, payload, sum(lengths))
+        _spread(mean, items, lengths)
 
 
 def _reduced_by_parts(
@@ -200,10 +196,14 @@ def largest(shared: Shared, items: Sequence[Item]) -> Waits:
     pieces = everyone.split([payload.numel() for payload in payloads], dim=1)
     finite = []
     for item, rows in zip(items, pieces, strict=True):
-        shape, weight = item.gradient.shape, 1 / transport.ranks
-        mean = _of(item, TopK).decompress(rows, shape, weight=weight, sent=sent)
-        item.gradient.copy_(mean)
-        finite.append(torch.isfinite(mean).all())
+        gradient, compressor, weight = item.gradient, _of(item, TopK), 1 / transport.ranks
+        direct = gradient.dtype == torch.float32 and gradient.is_contiguous()
+        mean = compressor.decompress(
+            rows, gradient.shape, out=gradient if direct else None, weight=weight, sent=sent
+        )
+        if not direct:
+            gradient.copy_(mean)
+        finite.append(torch.isfinite(compressor.values(rows, gradient.shape, sent)).all())
     shared.healthy.append(([item.name for item in items], torch.stack(finite).all()))
 
 
@@ -234,30 +234,29 @@ def low_rank(
         keep_q: takes the new factor, the start of the next call.
     """
     transport, feedback = shared.transport, shared.feedback
-    matrices, starts = [], []
-    for item in items:
-        corrected = feedback.corrected(item.name, item.gradient, unscale=1 / shared.scale)
-        matrices.append(corrected.reshape(corrected.shape[0], -1))
-        starts.append(q_of(item).T.contiguous().T)  # by columns, for speed; whatever it was, the same bits
-    pairs = list(zip(matrices, starts, strict=True))
-    left, ps = _stacked([(matrix.shape[0], q.shape[1]) for matrix, q in pairs], matrices[0])
-    for matrix, q, p in zip(matrices, starts, ps, strict=True):
-        torch.mm(matrix, q, out=p)
+    starts = [q_of(item).T.contiguous() for item in items]  # (r, m), for speed
+    like = starts[0]
+    left, ps = _stacked(
+        [(item.gradient.shape[0], len(q)) for item, q in zip(items, starts, strict=True)], like
+    )
+    corrected = [
+        feedback.projected(item.name, item.gradient, q, p, unscale=1 / shared.scale)
+        for item, q, p in zip(items, starts, ps, strict=True)
+    ]
     yield transport.start_all_reduce(left)
     orthonormal_(ps)
-    right, rows = _stacked([(q.shape[1], matrix.shape[1]) for matrix, q in pairs], left)
-    for matrix, p, q in zip(matrices, ps, rows, strict=True):
-        # As (r, n) x (n, m), several times as fast on a CPU as its transpose (m, n) x (n, r).
-        torch.mm(p.T.contiguous(), matrix, out=q)
+    right, rows = _stacked([(q.shape[0], q.shape[1]) for q in starts], like)
+    for matrix, p, q in zip(corrected, ps, rows, strict=True):
+        project_back(matrix, p, q)
     yield transport.start_all_reduce(right)
     right /= transport.ranks
-    for item, matrix, p, q in zip(items, matrices, ps, rows, strict=True):
-        gradient = item.gradient
-        # Memory of one alignment on all ranks, whatever the gradient's: products may depend on it in bits.
-        mean = shared.scratch("mean", gradient.numel(), torch.float32, gradient.device).view(matrix.shape)
-        torch.mm(p, q, out=mean)
-        feedback.record(item.name, matrix.view(gradient.shape), mean.view(gradient.shape))
-        gradient.copy_((mean if shared.scale == 1 else mean.mul_(shared.scale)).view(gradient.shape))
+    for item, error, p, q in zip(items, corrected, ps, rows, strict=True):
+
+        def scratch(count: int, device: torch.device = error.device) -> Tensor:
+            return shared.scratch("mean", count, torch.float32, device)
+
+        rebuild(item.gradient, error, p, q, scale=shared.scale, scratch=scratch)
+        feedback.keep(item.name, error)
         keep_q(item.name, q.T)
     shared.healthy.append(([item.name for item in items], torch.isfinite(right).all()))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ds_efficient.errors import UserError
 from ds_efficient.ops import lgreco_orthonormal_reference as reference
-from ds_efficient.ops.lgreco_orthonormal_native import CudaLibrary, Library
+from ds_efficient.ops.lgreco_orthonormal_native import CpuLibrary, CudaLibrary
 from ds_efficient.ops.lgreco_orthonormal_reference import MOST_COLUMNS
 from ds_efficient.ops.native import is_plain
 from ds_efficient.ops.registration import define_operators
@@ -76,7 +76,7 @@ def _check(index: int, matrix: Tensor, device: torch.device) -> None:
 
 def _orthonormalize(matrices: Sequence[Tensor], backend: str) -> None:
     device = matrices[0].device
-    library = (CudaLibrary if device.type == "cuda" else Library).for_device(device, backend)
+    library = (CudaLibrary if device.type == "cuda" else CpuLibrary).for_device(device, backend)
     if library is not None:
         library.orthonormalize(matrices)
         return

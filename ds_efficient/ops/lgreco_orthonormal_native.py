@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ds_efficient.ops.lgreco_orthonormal_reference import VERSION
-from ds_efficient.ops.native import INT64, POINTER, NativeLibrary, Signatures
+from ds_efficient.ops.lgreco_quantize_native import DTYPES, address
+from ds_efficient.ops.native import DOUBLE, INT, INT64, POINTER, NativeLibrary, Signatures
 
 _PIECE_ROWS = 2048
 SPLIT_ROWS = 2 * _PIECE_ROWS  # matrices of more rows are shared by blocks of threads
@@ -39,6 +40,39 @@ class Library(NativeLibrary):
     def _scratch(self, matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Memory that the function writes before it reads it."""
         return ()
+
+
+class CpuLibrary(Library):
+    """With the products of low rank in one pass, which only the host has (``csrc/lgreco/low_rank_cpu.h``)."""
+
+    SIGNATURES: ClassVar[Signatures] = {
+        **Library.SIGNATURES,
+        "project": (POINTER, POINTER, DOUBLE, POINTER, INT64, INT64, INT64, POINTER, POINTER, INT),
+        "project_back": (POINTER, POINTER, INT64, INT64, INT64, POINTER),
+        "rebuild": (POINTER, POINTER, INT64, INT64, INT64, POINTER, DOUBLE, POINTER, INT),
+    }
+
+    def project(
+        self, x: Tensor, error: Tensor | None, unscale: float, q: Tensor, corrected: Tensor, p: Tensor
+    ) -> None:
+        """Write ``unscale`` * x + error over ``corrected`` (n, ...), and its product with q^T over ``p``."""
+        self.call(
+            "project", p, x.data_ptr(), address(error), unscale, q.data_ptr(), p.shape[0], q.shape[1],
+            q.shape[0], corrected.data_ptr(), p.data_ptr(), DTYPES[x.dtype],
+        )  # fmt: skip
+
+    def project_back(self, x: Tensor, p: Tensor, q: Tensor) -> None:
+        """Write p^T x over ``q``."""
+        self.call(
+            "project_back", q, x.data_ptr(), p.data_ptr(), p.shape[0], q.shape[1], q.shape[0], q.data_ptr()
+        )
+
+    def rebuild(self, p: Tensor, q: Tensor, error: Tensor, scale: float, out: Tensor) -> None:
+        """Take p q from ``error`` (n, ...), and write ``scale`` times it over ``out``."""
+        self.call(
+            "rebuild", out, p.data_ptr(), q.data_ptr(), p.shape[0], q.shape[1], q.shape[0], error.data_ptr(),
+            scale, out.data_ptr(), DTYPES[out.dtype],
+        )  # fmt: skip
 
 
 class CudaLibrary(Library):

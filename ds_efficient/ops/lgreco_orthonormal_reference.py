@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 MOST_COLUMNS = 64
 _DEPENDENT = 1e-12  # of a column's squared norm
 _MOST_PASSES = 4  # two, and more where columns had to be replaced

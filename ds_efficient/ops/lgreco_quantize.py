@@ -5,15 +5,16 @@ and on CUDA, compiled or not. The format and its treatment of numbers that are n
 ``csrc/lgreco/quantize_common.h``; the readable form is `ds_efficient.ops.lgreco_quantize_reference`. Source:
 QSGD, arXiv 1610.02132.
 
-Each function is also an operator, ``torch.ops.ds_efficient.lgreco_quantize_`` and ``lgreco_dequantize_``,
-with a fake implementation. ``backend`` of each: ``"auto"`` (compiled code; on the CPU plain torch where no
-compiler is found, which is logged once), ``"native"`` (compiled code or an error), ``"reference"`` (plain
-torch).
+`quantize` and `dequantize_` are also operators, ``torch.ops.ds_efficient.lgreco_quantize_`` and
+``lgreco_dequantize_``, with fake implementations. ``backend`` of each: ``"auto"`` (compiled code; on the CPU
+plain torch where no compiler is found, which is logged once), ``"native"`` (compiled code or an error),
+``"reference"`` (plain torch).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ds_efficient.core.keys import Key
 from ds_efficient.errors import UserError
 from ds_efficient.ops import keyed_random
 from ds_efficient.ops import lgreco_quantize_reference as reference
-from ds_efficient.ops.lgreco_quantize_native import Library
+from ds_efficient.ops.lgreco_quantize_native import CpuLibrary, Library
 from ds_efficient.ops.lgreco_quantize_reference import GROUP, MOST_BUCKET, payload_bytes
 from ds_efficient.ops.native import is_plain
 from ds_efficient.ops.registration import define_operators
@@ -35,8 +36,10 @@ __all__ = [
     "MOST_BUCKET",
     "check_setting",
     "dequantize_",
+    "dequantize_parts_",
     "payload_bytes",
     "quantize",
+    "quantize_parts",
 ]
 
 BACKENDS = ("auto", "native", "reference")
@@ -154,6 +157,106 @@ def dequantize_(
     return out
 
 
+def quantize_parts(
+    parts: Sequence[Tensor], key: Key | int, bits: int, bucket: int, *, backend: str = "auto"
+) -> Tensor:
+    """Payload of several tensors as one, each filled up to whole buckets by its last element.
+
+    The compiled code of the CPU reads them where they are; elsewhere they are copied together.
+
+    Args:
+        parts: one or more, of one dtype on one device, each with an element or more.
+        key, bits, bucket, backend: as in `quantize`.
+
+    Returns:
+        uint8, as `quantize` of the filled tensors joined together; the sum of their buckets in all.
+
+    Raises:
+        UserError: an argument does not fit.
+        OpBuildError: the compiled code is asked for and cannot be built.
+    """
+    check_setting(bits, bucket)
+    _check_parts(parts, backend)
+    library = _parts_library(parts, backend)
+    if library is None:
+        filled = [piece for part in parts for piece in _filled(part.detach().reshape(-1), bucket)]
+        return quantize(torch.cat(filled), key, bits, bucket, backend=backend)
+    payload = payload_tensor(None, payload_bytes(_filled_count(parts, bucket), bits, bucket), parts[0].device)
+    number = keyed_random.signed_key(key) & _UNSIGNED
+    return library.quantize_parts([part.contiguous() for part in parts], number, bits, bucket, payload)
+
+
+def dequantize_parts_(
+    parts: Sequence[Tensor],
+    payload: Tensor,
+    bits: int,
+    bucket: int,
+    *,
+    weight: float = 1.0,
+    backend: str = "auto",
+) -> None:
+    """Write ``weight`` times the sum of payloads of `quantize_parts` over the tensors they stand for.
+
+    Args:
+        parts: the shapes, dtype and order that were quantised; contiguous or not.
+        payload: (ranks, bytes), a row a rank, as in `dequantize_`, summed in float32.
+        bits, bucket, weight, backend: as in `dequantize_`.
+
+    Raises:
+        UserError: an argument does not fit.
+        OpBuildError: the compiled code is asked for and cannot be built.
+    """
+    check_setting(bits, bucket)
+    _check_parts(parts, backend)
+    library = _parts_library(parts, backend)
+    count, device = _filled_count(parts, bucket), parts[0].device
+    if library is None:
+        mean = torch.empty(count, dtype=torch.float32, device=device)
+        dequantize_(mean, payload, bits, bucket, weight=weight, backend=backend)
+        offset = 0
+        for part in parts:
+            part.detach().copy_(mean[offset : offset + part.numel()].view(part.shape))
+            offset += _filled_count([part], bucket)
+        return
+    size = payload_bytes(count, bits, bucket)
+    if payload.dtype != torch.uint8 or payload.dim() != 2 or payload.shape[1] != size or not len(payload):
+        raise UserError(
+            f"payload is {payload.dtype} of shape {tuple(payload.shape)}; expected torch.uint8 of shape "
+            f"(ranks, {size}) for {count} elements, bits={bits}, bucket={bucket}"
+        )
+    written = [part.detach().contiguous() for part in parts]
+    library.dequantize_parts(_aligned_rows(payload), written, bits, bucket, weight)
+    for part, own in zip(parts, written, strict=True):
+        if own.data_ptr() != part.data_ptr():
+            part.detach().copy_(own)
+
+
+def _check_parts(parts: Sequence[Tensor], backend: str) -> None:
+    if not parts or not all(part.numel() for part in parts):
+        raise UserError("parts is empty, or one of its tensors is; expected tensors with elements")
+    for index, part in enumerate(parts):
+        check_tensor(f"parts[{index}]", part, backend)
+        if part.dtype != parts[0].dtype or part.device != parts[0].device:
+            raise UserError(
+                f"parts[{index}] is {part.dtype} on {part.device}; expected that of parts[0], "
+                f"{parts[0].dtype} on {parts[0].device}"
+            )
+
+
+def _parts_library(parts: Sequence[Tensor], backend: str) -> CpuLibrary | None:
+    plain = parts[0].device.type == "cpu" and all(is_plain(part) and not part.is_meta for part in parts)
+    return CpuLibrary.for_device(parts[0].device, backend) if plain else None
+
+
+def _filled(flat: Tensor, bucket: int) -> list[Tensor]:
+    missing = -flat.numel() % bucket
+    return [flat, flat[-1:].expand(missing)] if missing else [flat]
+
+
+def _filled_count(parts: Sequence[Tensor], bucket: int) -> int:
+    return sum(-(-part.numel() // bucket) * bucket for part in parts)
+
+
 def check_tensor(name: str, x: Tensor, backend: str) -> None:
     """UserError where a gradient or a backend is none that there is code for."""
     if x.dtype not in DTYPES:
@@ -197,6 +300,10 @@ def payload_tensor(out: Tensor | None, size: int, device: torch.device) -> Tenso
     return out
 
 
+def _library(device: torch.device, backend: str) -> Library | None:
+    return (Library if device.type == "cuda" else CpuLibrary).for_device(device, backend)
+
+
 def _quantize(
     x: Tensor,
     error: Tensor | None,
@@ -208,7 +315,7 @@ def _quantize(
     unscale: float,
     backend: str,
 ) -> None:
-    library = Library.for_device(x.device, backend)
+    library = _library(x.device, backend)
     flat = x.reshape(-1)
     if not flat.numel():
         return
@@ -228,7 +335,7 @@ def _quantize(
 def _dequantize(
     out: Tensor, payloads: Tensor, bits: int, bucket: int, weight: float, accumulate: bool, backend: str
 ) -> None:
-    library = Library.for_device(out.device, backend)
+    library = _library(out.device, backend)
     if not out.numel():
         return
     if library is None:

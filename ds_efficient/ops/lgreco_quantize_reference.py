@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_efficient.ops import keyed_random_reference as keyed
 
-VERSION = 2
+VERSION = 3
 SCALE_BYTES = 8  # (lo, unit) of a bucket in float32
 MOST_BUCKET = 1024
 GROUP = 8  # codes of a group fill `bits` bytes

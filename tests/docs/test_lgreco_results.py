@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from result_files import names_its_command, reading_from, shows_every_measurement, write
 
-PARTS = ("planner", "hosts", "plan_costs", "quality", "choices", "kernels")
+PARTS = ("planner", "hosts", "plan_costs", "quality", "choices", "steps", "kernels")
 
 
 @pytest.fixture
@@ -77,6 +77,22 @@ def test_choices_show_plans_and_a_figure_of_each_arm(results: ModuleType, tmp_pa
     drawn = results.figures(tmp_path)
     assert len(drawn) == 2 and all(path.name in text for path in drawn)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_steps_show_bytes_and_the_rate_at_which_they_are_as_fast_as_dense_ones(
+    results: ModuleType, tmp_path: Path
+) -> None:
+    row = {"gpus": 2, "tokens_per_second": 100000, "peak_memory": 2**31}
+    sent = {"bytes": 1e8, "raw_bytes": 26e8}
+    write(tmp_path, "training_step_lgreco", [
+        {**row, "case": "1.3b-fused", "ms_per_step": 300.0, "bytes": "", "raw_bytes": ""},
+        {**row, **sent, "case": "1.3b-lgreco", "ms_per_step": 400.0},
+        {**row, **sent, "case": "1.3b-lgreco-qsgd", "ms_per_step": 240.0},
+    ])  # fmt: skip
+    text = results.steps()
+    assert "| 1.3b-fused | 2 | 300.0 | 1.00x | 100,000 | - | - | - | - | 2.0 |" in text
+    assert "| 1.3b-lgreco | 2 | 400.0 | 0.75x | 100,000 | 100.0 | 2,600.0 | 26.0x | 200 | 2.0 |" in text
+    assert "| 1.3b-lgreco-qsgd | 2 | 240.0 | 1.25x | 100,000 | 100.0 | 2,600.0 | 26.0x | any | 2.0 |" in text
 
 
 def test_planner_and_kernels_show_their_numbers(results: ModuleType, tmp_path: Path) -> None:

@@ -243,3 +243,38 @@ def test_rows_of_any_alignment_are_summed_and_payloads_written_to_any_place(back
 def test_feedback_that_does_not_fit_is_named(change, message):
     with pytest.raises(UserError, match=message):
         quantize.quantize(torch.zeros(4), KEY, 4, 16, **change)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    st.integers(2, 8),
+    st.sampled_from((8, 264, 512)),
+    st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    st.booleans(),
+)
+def test_several_tensors_as_one_have_the_bits_of_their_copy(counts, bits, bucket, dtype, strided):
+    drawn = [keyed_random.normal(seed, (count, 2)).to(dtype) for seed, count in enumerate(counts)]
+    parts = [part[:, 0] if strided else part.view(-1) for part in drawn]
+    joined = torch.cat([torch.cat((part, part[-1:].expand(-len(part) % bucket))) for part in parts])
+    payload = quantize.quantize_parts(parts, KEY, bits, bucket, backend="native")
+    assert torch.equal(payload, quantize.quantize(joined, KEY, bits, bucket, backend="reference"))
+    assert torch.equal(payload, quantize.quantize_parts(parts, KEY, bits, bucket, backend="reference"))
+    rows = torch.stack((payload, payload))
+    mean = quantize.dequantize_(torch.empty(len(joined)), rows, bits, bucket, weight=0.5)
+    lengths = [-(-len(part) // bucket) * bucket for part in parts]
+    want = [row[: len(part)].to(dtype) for row, part in zip(mean.split(lengths), parts, strict=True)]
+    for backend in ("native", "reference"):
+        quantize.dequantize_parts_(parts, rows, bits, bucket, weight=0.5, backend=backend)
+        assert all(torch.equal(part, one) for part, one in zip(parts, want, strict=True))
+        for part in parts:
+            part.zero_()
+
+
+def test_parts_that_do_not_go_together_are_named():
+    with pytest.raises(UserError, match=r"parts is empty"):
+        quantize.quantize_parts([], KEY, 4, 512)
+    with pytest.raises(UserError, match=r"parts\[1\] is torch.float16"):
+        quantize.quantize_parts([torch.zeros(8), torch.zeros(8, dtype=torch.float16)], KEY, 4, 512)
+    with pytest.raises(UserError, match=r"expected torch.uint8 of shape \(ranks, 264\)"):
+        quantize.dequantize_parts_([torch.zeros(8)], torch.zeros(2, 263, dtype=torch.uint8), 4, 512)

@@ -26,7 +26,7 @@
 
 #include "keyed_random.h"
 
-#define DS_EFFICIENT_LGRECO_ORTHONORMAL_VERSION 1
+#define DS_EFFICIENT_LGRECO_ORTHONORMAL_VERSION 2
 
 namespace ds_efficient {
 namespace lgreco {

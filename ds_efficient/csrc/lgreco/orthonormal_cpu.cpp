@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "low_rank_cpu.h"
 #include "orthonormal_common.h"
 #include "parallel.h"
 
@@ -18,7 +19,6 @@ using namespace ds_efficient::lgreco;
 namespace keyed = ds_efficient::keyed;
 
 constexpr int64_t kPiece = 512;
-enum Status { kDone = 0, kUnknown = 1, kNoMemory = 2 };
 
 struct Matrix {
   float* data;
@@ -191,6 +191,28 @@ int ds_efficient_lgreco_orthonormalize(void* const* matrices, const int64_t* row
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }
+}
+
+int ds_efficient_lgreco_project(const void* x, const float* error, double unscale, const float* q, int64_t n, int64_t m,
+                                int64_t r, float* next, float* p, int dtype, int threads) {
+  if (r < 1 || r > kMostRank) return kUnknown;
+  try {
+    return with_element(Project{x, error, static_cast<float>(unscale), q, n, m, r, next, p, threads}, dtype);
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+}
+
+int ds_efficient_lgreco_project_back(const float* x, const float* p, int64_t n, int64_t m, int64_t r, float* q,
+                                     int threads) {
+  if (r < 1 || r > kMostRank) return kUnknown;
+  return ProjectBack{x, p, n, m, r, q, threads}.run();
+}
+
+int ds_efficient_lgreco_rebuild(const float* p, const float* q, int64_t n, int64_t m, int64_t r, float* error,
+                                double scale, void* out, int dtype, int threads) {
+  if (r < 1 || r > kMostRank) return kUnknown;
+  return with_element(Rebuild{p, q, n, m, r, error, static_cast<float>(scale), out, threads}, dtype);
 }
 
 }  // extern "C"

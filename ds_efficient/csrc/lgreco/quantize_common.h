@@ -35,13 +35,22 @@
 //     The sum over `ranks` >= 1 payloads, `stride` bytes apart (a multiple of 8), in their order: out[i] begins with
 //     weight * value of the first, or with out[i] + weight * value; one rounding a payload, in float32; then rounded
 //     to `dtype`.
+//
+// On the CPU only, several tensors of one `dtype` as one, each filled up to whole buckets by its last element; counts[p]
+// >= 1 elements of part p:
+//
+//   int ds_efficient_lgreco_quantize_parts(const void* const* x, const int64_t* counts, int64_t parts, uint64_t key,
+//                                          int bits, int64_t bucket, void* payload, int dtype, int threads)
+//   int ds_efficient_lgreco_dequantize_parts(const void* payload, int64_t ranks, int64_t stride, void* const* out,
+//                                            const int64_t* counts, int64_t parts, int bits, int64_t bucket,
+//                                            double weight, int dtype, int threads)
 #pragma once
 
 #include <cstdint>
 
 #include "elements.h"
 
-#define DS_EFFICIENT_LGRECO_QUANTIZE_VERSION 2
+#define DS_EFFICIENT_LGRECO_QUANTIZE_VERSION 3
 
 namespace ds_efficient {
 namespace lgreco {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "elements_cpu.h"
 #include "keyed_random_lanes.h"
@@ -31,36 +32,92 @@ Scale scale_of_bucket(const float* x, int64_t count, int bits) {
   return scale_of(keyed::float_of(ordered(lo)), keyed::float_of(ordered(hi)), largest >= 0x7f800000, bits);
 }
 
+constexpr uint64_t low_bits(int count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
+
+// The bytes of a group, codes below 2^kBits, side by side: two by two, and so on.
+template <int kBits>
+uint64_t narrowed(uint64_t x) {
+  x = (x & 0x00ff00ff00ff00ffu) | (x >> 8 & 0x00ff00ff00ff00ffu) << kBits;
+  x = (x & 0x0000ffff0000ffffu) | (x >> 16 & 0x0000ffff0000ffffu) << 2 * kBits;
+  return (x & low_bits(32)) | x >> 32 << 4 * kBits;
+}
+
+// Its inverse; what is above the group does not count.
+template <int kBits>
+uint64_t widened(uint64_t x) {
+  constexpr uint64_t kPairs = low_bits(2 * kBits) * 0x0000000100000001u, kOnes = low_bits(kBits) * 0x0001000100010001u;
+  x = (x & low_bits(4 * kBits)) | (x >> 4 * kBits & low_bits(4 * kBits)) << 32;
+  x = (x & kPairs) | (x >> 2 * kBits & kPairs) << 16;
+  return (x & kOnes) | (x >> kBits & kOnes) << 8;
+}
+
 // Codes of whole groups; `code` is filled with zeros up to one.
-void pack(const uint8_t* code, int64_t count, int bits, uint8_t* out) {
-  const int64_t bytes = (count * bits + 7) / 8;
-  if (bits == 4) {
+template <int kBits>
+void pack_groups(const uint8_t* code, int64_t count, uint8_t* out) {
+  const int64_t bytes = (count * kBits + 7) / 8;
+  if constexpr (kBits == 4) {  // these loops vectorise
     for (int64_t i = 0; i < bytes; ++i) out[i] = static_cast<uint8_t>(code[2 * i] | code[2 * i + 1] << 4);
     return;
   }
-  for (int64_t first = 0, at = 0; first < count; first += kGroup, at += bits) {
-    uint64_t group = 0;
-    for (int e = 0; e < kGroup; ++e) group |= static_cast<uint64_t>(code[first + e]) << (bits * e);
-    std::memcpy(out + at, &group, static_cast<size_t>(std::min<int64_t>(bits, bytes - at)));
+  for (int64_t at = 0; at < bytes; at += kBits, code += kGroup) {
+    uint64_t group;
+    std::memcpy(&group, code, kGroup);
+    group = narrowed<kBits>(group);
+    if (at + kBits <= bytes) std::memcpy(out + at, &group, kBits);
+    else std::memcpy(out + at, &group, static_cast<size_t>(bytes - at));
   }
 }
 
-void unpack(const uint8_t* in, int64_t count, int bits, uint8_t* code) {
-  const int64_t bytes = (count * bits + 7) / 8;
-  if (bits == 4) {
+template <int kBits>
+void unpack_groups(const uint8_t* in, int64_t count, uint8_t* code) {
+  const int64_t bytes = (count * kBits + 7) / 8;
+  if constexpr (kBits == 4) {
     for (int64_t i = 0; i < bytes; ++i) {
       code[2 * i] = in[i] & 15;
       code[2 * i + 1] = in[i] >> 4;
     }
     return;
   }
-  const uint64_t mask = (uint64_t{1} << bits) - 1;
-  for (int64_t first = 0, at = 0; first < count; first += kGroup, at += bits) {
+  for (int64_t at = 0; at < bytes; at += kBits, code += kGroup) {
     uint64_t group = 0;
-    std::memcpy(&group, in + at, static_cast<size_t>(std::min<int64_t>(bits, bytes - at)));
-    for (int e = 0; e < kGroup; ++e) code[first + e] = static_cast<uint8_t>(group >> (bits * e) & mask);
+    if (at + kGroup <= bytes) std::memcpy(&group, in + at, kGroup);
+    else std::memcpy(&group, in + at, static_cast<size_t>(std::min<int64_t>(kBits, bytes - at)));
+    group = widened<kBits>(group);
+    std::memcpy(code, &group, kGroup);
   }
 }
+
+// work(integral constant) with the number of bits, 2 to 8.
+template <typename Work>
+void with_bits(int bits, Work work) {
+  switch (bits) {
+    case 2: return work(std::integral_constant<int, 2>());
+    case 3: return work(std::integral_constant<int, 3>());
+    case 4: return work(std::integral_constant<int, 4>());
+    case 5: return work(std::integral_constant<int, 5>());
+    case 6: return work(std::integral_constant<int, 6>());
+    case 7: return work(std::integral_constant<int, 7>());
+    default: return work(std::integral_constant<int, 8>());
+  }
+}
+
+void pack(const uint8_t* code, int64_t count, int bits, uint8_t* out) {
+  with_bits(bits, [=](auto constant) { pack_groups<decltype(constant)::value>(code, count, out); });
+}
+
+void unpack(const uint8_t* in, int64_t count, int bits, uint8_t* code) {
+  with_bits(bits, [=](auto constant) { unpack_groups<decltype(constant)::value>(in, count, code); });
+}
+
+// Where the buckets of a tensor stand in a payload of `all` buckets. `whole`: the last one is filled up by the tensor's
+// last element.
+struct Place {
+  int64_t first, all;
+  bool whole;
+
+  int64_t scale(int64_t j) const { return 8 * (first + j); }
+  int64_t codes(int64_t j, int64_t bucket, int bits) const { return 8 * all + (first + j) * bucket / 8 * bits; }
+};
 
 struct Quantize {
   const void* x;
@@ -73,6 +130,7 @@ struct Quantize {
   int64_t bucket;
   uint8_t* payload;
   int threads;
+  Place place;
 
   template <typename Element>
   int run() const {
@@ -88,23 +146,24 @@ struct Quantize {
   void one_bucket(int64_t j) const {
     float value[kMostBucket];
     uint8_t code[kMostBucket];
-    const int64_t start = j * bucket, count = std::min(bucket, n - start);
+    const int64_t start = j * bucket, own = std::min(bucket, n - start), count = place.whole ? bucket : own;
     const int64_t whole = (count + kGroup - 1) / kGroup * kGroup;
     value[0] = 0.0f;  // a bucket has an element, which the compiler does not know
-    load<Element>(start, count, value);
+    load<Element>(start, own, value);
+    std::fill(value + own, value + count, value[own - 1]);
     const Scale scale = scale_of_bucket(value, count, bits);
     const float factor = factor_of(scale);
-    std::memcpy(payload + 8 * j, &scale, sizeof scale);
+    std::memcpy(payload + place.scale(j), &scale, sizeof scale);
     if (factor != 0) {
-      draw_codes(j, count, value, scale.lo, factor, code);
+      draw_codes(place.first + j, count, value, scale.lo, factor, code);
       std::fill(code + count, code + whole, uint8_t{0});
     } else {
       std::fill(code, code + whole, uint8_t{0});
     }
-    pack(code, count, bits, payload + 8 * buckets_of(n, bucket) + start / 8 * bits);
+    pack(code, count, bits, payload + place.codes(j, bucket, bits));
     if (new_error) {
       float* const next = new_error + start;
-      for (int64_t i = 0; i < count; ++i) next[i] = value[i] - value_of(scale, code[i]);
+      for (int64_t i = 0; i < own; ++i) next[i] = value[i] - value_of(scale, code[i]);
     }
   }
 
@@ -152,6 +211,7 @@ struct Dequantize {
   bool accumulate;
   void* out;
   int threads;
+  Place place;
 
   template <typename Element>
   int run() const {
@@ -173,13 +233,19 @@ struct Dequantize {
     for (int64_t rank = 0; rank < ranks; ++rank) {
       const uint8_t* const from = payload + rank * stride;
       Scale scale;
-      std::memcpy(&scale, from + 8 * j, sizeof scale);
-      unpack(from + 8 * buckets_of(n, bucket) + start / 8 * bits, count, bits, code);
+      std::memcpy(&scale, from + place.scale(j), sizeof scale);
+      unpack(from + place.codes(j, bucket, bits), count, bits, code);
       for (int64_t i = 0; i < count; ++i) sum[i] = keyed::fma_rn(value_of(scale, code[i]), weight, sum[i]);
     }
     for (int64_t i = 0; i < count; ++i) to[i] = Element::store(sum[i]);
   }
 };
+
+int64_t buckets_of_all(const int64_t* counts, int64_t parts, int64_t bucket) {
+  int64_t all = 0;
+  for (int64_t part = 0; part < parts; ++part) all += buckets_of(counts[part], bucket);
+  return all;
+}
 
 bool has_code(int bits, int64_t bucket) {
   return bits >= 2 && bits <= 8 && bucket >= kGroup && bucket <= kMostBucket && bucket % kGroup == 0;
@@ -195,16 +261,42 @@ int ds_efficient_lgreco_quantize(const void* x, const float* error, float* new_e
                                  uint64_t key, int bits, int64_t bucket, void* payload, int dtype, int threads) {
   if (!has_code(bits, bucket)) return kUnknown;
   const Quantize work{x, error, new_error, static_cast<float>(unscale), n, key, bits, bucket,
-                      static_cast<uint8_t*>(payload), threads};
+                      static_cast<uint8_t*>(payload), threads, Place{0, buckets_of(n, bucket), false}};
   return with_element(work, dtype);
+}
+
+int ds_efficient_lgreco_quantize_parts(const void* const* x, const int64_t* counts, int64_t parts, uint64_t key,
+                                       int bits, int64_t bucket, void* payload, int dtype, int threads) {
+  if (!has_code(bits, bucket)) return kUnknown;
+  const int64_t all = buckets_of_all(counts, parts, bucket);
+  for (int64_t part = 0, first = 0; part < parts; first += buckets_of(counts[part++], bucket)) {
+    const Quantize work{x[part], nullptr, nullptr, 1.0f, counts[part], key, bits, bucket,
+                        static_cast<uint8_t*>(payload), threads, Place{first, all, true}};
+    if (with_element(work, dtype) != kDone) return kUnknown;
+  }
+  return kDone;
 }
 
 int ds_efficient_lgreco_dequantize(const void* payload, int64_t ranks, int64_t stride, int64_t n, int bits,
                                    int64_t bucket, double weight, int accumulate, void* out, int dtype, int threads) {
   if (!has_code(bits, bucket) || ranks < 1) return kUnknown;
   const Dequantize work{static_cast<const uint8_t*>(payload), ranks, stride, n, bits, bucket,
-                        static_cast<float>(weight), accumulate != 0, out, threads};
+                        static_cast<float>(weight), accumulate != 0, out, threads,
+                        Place{0, buckets_of(n, bucket), false}};
   return with_element(work, dtype);
+}
+
+int ds_efficient_lgreco_dequantize_parts(const void* payload, int64_t ranks, int64_t stride, void* const* out,
+                                         const int64_t* counts, int64_t parts, int bits, int64_t bucket, double weight,
+                                         int dtype, int threads) {
+  if (!has_code(bits, bucket) || ranks < 1) return kUnknown;
+  const int64_t all = buckets_of_all(counts, parts, bucket);
+  for (int64_t part = 0, first = 0; part < parts; first += buckets_of(counts[part++], bucket)) {
+    const Dequantize work{static_cast<const uint8_t*>(payload), ranks, stride, counts[part], bits, bucket,
+                          static_cast<float>(weight), false, out[part], threads, Place{first, all, true}};
+    if (with_element(work, dtype) != kDone) return kUnknown;
+  }
+  return kDone;
 }
 
 }  // extern "C"

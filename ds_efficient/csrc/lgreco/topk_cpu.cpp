@@ -1,13 +1,16 @@
 // The k largest entries by magnitude on the CPU; C ABI, no torch headers. See topk_common.h.
 //
 // A sample bounds the k-th largest magnitude from below; two passes, which vectorise, count and copy what reaches the
-// bound; the k-th largest of that is selected. Where the sample misleads, or much is kept, the bound is 0.
+// bound, or with error feedback the one that adds the errors; the k-th largest of that is selected. Where the sample
+// misleads, or much is kept, the bound is 0.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "elements_cpu.h"
@@ -20,7 +23,8 @@ using namespace ds_efficient::lgreco;
 using namespace ds_efficient;
 
 constexpr int64_t kGrain = 1 << 16;  // fewer elements than this are not worth a thread
-constexpr int64_t kSampledFrom = 1 << 16, kSamples = 1 << 13;
+constexpr int64_t kSampledFrom = 1 << 16, kMostSamples = 1 << 13;
+constexpr int64_t kOfOneSample = 64;  // a sample is a cache miss: more of them cost more than they narrow
 constexpr int64_t kRun = 64;  // elements that are looked at together
 
 template <typename Element>
@@ -28,15 +32,16 @@ uint32_t magnitude_at(const typename Element::Stored* x, int64_t i) {
   return magnitude_of(Element::load(x[i]));
 }
 
-// A lower bound that about k of n elements reach; 0 where a sample is not worth its cost.
-template <typename Element>
-uint32_t sampled_bound(const typename Element::Stored* x, int64_t n, int64_t k) {
+// A lower bound that about k of n elements reach; 0 where a sample is not worth its cost. magnitude(i): of element i.
+template <typename Magnitude>
+uint32_t sampled_bound(int64_t n, int64_t k, Magnitude magnitude) {
   if (n < kSampledFrom || 4 * k > n) return 0;
-  std::vector<uint32_t> sample(static_cast<size_t>(kSamples));
-  for (int64_t j = 0; j < kSamples; ++j) sample[static_cast<size_t>(j)] = magnitude_at<Element>(x, sampled_place(j, n / kSamples));
-  const double expected = static_cast<double>(kSamples) * static_cast<double>(k) / static_cast<double>(n);
+  const int64_t samples = std::min(kMostSamples, n / kOfOneSample);
+  std::vector<uint32_t> sample(static_cast<size_t>(samples));
+  for (int64_t j = 0; j < samples; ++j) sample[static_cast<size_t>(j)] = magnitude(sampled_place(j, n / samples));
+  const double expected = static_cast<double>(samples) * static_cast<double>(k) / static_cast<double>(n);
   const auto rank = static_cast<int64_t>(std::ceil(expected + 4 * std::sqrt(expected) + 4));
-  const auto place = sample.begin() + (std::min(rank, kSamples) - 1);
+  const auto place = sample.begin() + (std::min(rank, samples) - 1);
   std::nth_element(sample.begin(), place, sample.end(), std::greater<uint32_t>());
   return *place;
 }
@@ -104,12 +109,70 @@ Candidates candidates_of(const typename Element::Stored* x, int64_t n, uint32_t 
   return made;
 }
 
-// `next`: null, or where zeros replace what is selected.
+// Writes `unscale * x + error` of elements first .. end - 1 and appends those that reach the bound, in one pass.
 template <typename Element>
-void select(const typename Element::Stored* x, int64_t n, int64_t k, uint32_t* indices, float* next, int threads) {
-  const uint32_t bound = sampled_bound<Element>(x, n, k);
-  Candidates found = candidates_of<Element>(x, n, bound, threads);
-  if (static_cast<int64_t>(found.index.size()) < k) found = candidates_of<Element>(x, n, 0, threads);
+void correct(const typename Element::Stored* x, const float* error, float unscale, int64_t first, int64_t end,
+             uint32_t bound, float* next, Candidates& found) {
+  float value[kRun];  // beside `error` and `next`, which may be the same memory, so that the loops vectorise
+  uint32_t magnitude[kRun];
+  size_t count = 0;
+  for (int64_t i = first; i < end; i += kRun) {
+    const int64_t some = std::min(kRun, end - i);
+    uint32_t largest = 0;
+    for (int64_t e = 0; e < some; ++e) {
+      value[e] = corrected(Element::load(x[i + e]), unscale, error ? error[i + e] : kNoError);
+      magnitude[e] = magnitude_of(value[e]);
+      largest = std::max(largest, magnitude[e]);
+    }
+    std::memcpy(next + i, value, static_cast<size_t>(some) * sizeof *next);
+    if (largest < bound) continue;
+    if (count + kRun > found.index.size()) {
+      found.index.resize(2 * count + kRun);
+      found.magnitude.resize(found.index.size());
+    }
+    for (int64_t e = 0; e < some; ++e) {
+      found.index[count] = static_cast<uint32_t>(i + e);
+      found.magnitude[count] = magnitude[e];
+      count += magnitude[e] >= bound ? 1 : 0;
+    }
+  }
+  found.index.resize(count);
+  found.magnitude.resize(count);
+}
+
+// Writes all of `unscale * x + error`; returns at least k candidates.
+template <typename Element>
+Candidates corrected_candidates(const typename Element::Stored* x, const float* error, float unscale, int64_t n,
+                                int64_t k, float* next, int threads) {
+  const uint32_t bound = sampled_bound(n, k, [=](int64_t i) {
+    return magnitude_of(corrected(Element::load(x[i]), unscale, error ? error[i] : kNoError));
+  });
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n / kGrain)), share = (n + parts - 1) / parts;
+  std::vector<Candidates> made(static_cast<size_t>(parts));
+  std::atomic<bool> enough{true};  // memory
+  Candidates* const all = made.data();
+  ds_efficient::run_parallel(parts, 1, threads, [=, &enough](int64_t part, int64_t some) {
+    for (const int64_t end = part + some; part < end; ++part) {
+      try {
+        correct<Element>(x, error, unscale, part * share, std::min(n, (part + 1) * share), bound, next, all[part]);
+      } catch (const std::bad_alloc&) {
+        enough = false;  // it must not leave a thread
+      }
+    }
+  });
+  if (!enough) throw std::bad_alloc();
+  Candidates& found = made[0];
+  for (size_t part = 1; part < made.size(); ++part) {
+    found.index.insert(found.index.end(), made[part].index.begin(), made[part].index.end());
+    found.magnitude.insert(found.magnitude.end(), made[part].magnitude.begin(), made[part].magnitude.end());
+  }
+  if (static_cast<int64_t>(found.index.size()) < k) return candidates_of<Float32>(next, n, 0, threads);
+  return std::move(found);
+}
+
+// The payload from at least k candidates. `next`: null, or where zeros replace what is selected.
+template <typename Element>
+void take(const typename Element::Stored* x, const Candidates& found, int64_t k, uint32_t* indices, float* next) {
   std::vector<uint32_t> order = found.magnitude;
   std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<uint32_t>());
   const uint32_t threshold = order[static_cast<size_t>(k - 1)];
@@ -139,18 +202,15 @@ struct Select {
   int run() const {
     const auto* const from = static_cast<const typename Element::Stored*>(x);
     try {
-      if (!next) {
-        select<Element>(from, n, k, indices, nullptr, threads);
+      if (next) {
+        const Candidates found = corrected_candidates<Element>(from, error, unscale, n, k, next, threads);
+        take<Float32>(next, found, k, indices, next);
         return kDone;
       }
-      const float *const before = error, factor = unscale;
-      float* const to = next;
-      ds_efficient::run_parallel(n, kGrain, threads, [=](int64_t first, int64_t some) {
-        for (int64_t i = first; i < first + some; ++i) {
-          to[i] = corrected(Element::load(from[i]), factor, before ? before[i] : kNoError);
-        }
-      });
-      select<Float32>(next, n, k, indices, next, threads);
+      const uint32_t bound = sampled_bound(n, k, [=](int64_t i) { return magnitude_at<Element>(from, i); });
+      Candidates found = candidates_of<Element>(from, n, bound, threads);
+      if (static_cast<int64_t>(found.index.size()) < k) found = candidates_of<Element>(from, n, 0, threads);
+      take<Element>(from, found, k, indices, nullptr);
       return kDone;
     } catch (const std::bad_alloc&) {
       return kNoMemory;
