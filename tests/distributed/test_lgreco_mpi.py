@@ -20,25 +20,30 @@ pytestmark = pytest.mark.distributed
 
 SHAPES = {"wide": (33, 65), "bias": (65,), "square": (64, 64)}
 ROOT = Path(__file__).resolve().parents[2]
+# Beside the environment (tests/run.sh): DeepSpeed starts MPI wherever it can import mpi4py.
+MPI = Path(sys.prefix) / "mpi"
+PACKAGES = MPI / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(MPI / "bin"), os.environ.get("PATH", "")]))
 LACKING = [
-    *([] if shutil.which("mpirun") else ["mpirun"]),
-    *([] if importlib.util.find_spec("mpi4py") else ["mpi4py"]),
+    *([] if MPIRUN else ["mpirun"]),
+    *([] if importlib.util.find_spec("mpi4py") or (PACKAGES / "mpi4py").is_dir() else ["mpi4py"]),
 ]
 
 
 @pytest.mark.skipif(bool(LACKING), reason=f"needs {' and '.join(LACKING)}")
 def test_mpi_and_gloo_give_the_same_means_errors_and_bytes(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    own = [str(ROOT), str(ROOT / "tests"), str(ROOT / "launch"), str(PACKAGES)]
+    paths = os.pathsep.join([*own, os.environ.get("PYTHONPATH", "")])
     environment = {
         **os.environ,
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        **{f"{name}_ALLOW_RUN_AS_ROOT{more}": "1" for name in ("OMPI", "PRTE") for more in ("", "_CONFIRM")},
     }
-    command = ["mpirun", "--oversubscribe", "-np", "2", sys.executable, "-m", "lgreco_mpi", str(tmp_path)]
+    assert MPIRUN is not None
+    command = [MPIRUN, "--oversubscribe", "-np", "2", sys.executable, "-m", "lgreco_mpi", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     compressors = [QSGD(4), TopK(0.05), PowerSGD(3), Raw()]
