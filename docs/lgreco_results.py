@@ -22,6 +22,7 @@ from result_tables import (
     save,
     slug,
     table,
+    with_bases,
 )
 
 ARMS = {
@@ -200,8 +201,6 @@ def steps() -> str:
     """Return the table of whole training steps on GPUs, each beside the first case with the same model."""
 
     def render(rows: list[Row]) -> list[str]:
-        first: dict[str, Row] = {}
-        bases = [first.setdefault(row["case"].split("-")[0], row) for row in rows]
         return table(
             ("case", "GPUs", "ms a step", "speed against dense", "tokens/s", "bytes a step, MB",
              "without compression, MB", "fewer bytes", "as fast as dense at, Gbit/s", "peak memory, GiB"),
@@ -210,7 +209,7 @@ def steps() -> str:
                  f"{float(base['ms_per_step']) / float(row['ms_per_step']):.2f}x",
                  f"{float(row['tokens_per_second']):,.0f}", *_sent(row, base),
                  f"{float(row['peak_memory']) / 2**30:.1f}")
-                for row, base in zip(rows, bases, strict=True)
+                for row, base in with_bases(rows)
             ),
         )  # fmt: skip
 

@@ -52,10 +52,14 @@ def mebibytes(row: Row, name: str) -> str:
     return f"{float(row[name]) / 2**20:,.1f}" if row.get(name) else "-"
 
 
+def with_bases(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Return training steps, each with the first case of the same model."""
+    first: dict[str, Row] = {}
+    return [(row, first.setdefault(row["case"].partition("-")[0], row)) for row in rows]
+
+
 def whole_steps(rows: Sequence[Row]) -> list[str]:
     """Return the table of training steps, each beside the first case with the same model."""
-    first: dict[str, Row] = {}
-    bases = [first.setdefault(row["case"].partition("-")[0], row) for row in rows]
     return table(
         ("case", "ms a step", "tokens/s", "over dense", "model TFLOP/s", "peak memory, GiB", "of dense"),
         (
@@ -63,7 +67,7 @@ def whole_steps(rows: Sequence[Row]) -> list[str]:
              f"{float(row['tokens_per_second']) / float(base['tokens_per_second']):.3f}x",
              number(row, "model_tflops", 0), f"{float(row['peak_memory']) / 2**30:.1f}",
              f"{float(row['peak_memory']) / float(base['peak_memory']):.3f}")
-            for row, base in zip(rows, bases, strict=True)
+            for row, base in with_bases(rows)
         ),
     )  # fmt: skip
 

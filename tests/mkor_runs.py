@@ -31,6 +31,28 @@ def mkor(network: nn.Module, inner: str = "SGD", **arguments) -> MKOR:
     return MKOR(network, getattr(torch.optim, inner)(network.parameters(), lr=0.05), **arguments)
 
 
+def linear_twin(conv: nn.Conv2d) -> nn.Linear:
+    """The linear layer that does to patches what the convolution does to images."""
+    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=conv.bias is not None).double()
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.flatten(1))
+        if conv.bias is not None:
+            linear.bias.copy_(conv.bias)
+    return linear
+
+
+def step_twins(
+    conv: nn.Conv2d, linear: nn.Linear, x: torch.Tensor, patches: torch.Tensor, make
+) -> list[MKOR]:
+    """Take a step with both, by optimizers that `make` wraps around them; returns these."""
+    optimizers = [make(conv), make(linear)]
+    conv(x).square().mean().backward()
+    linear(patches.transpose(1, 2)).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return optimizers
+
+
 def train(network: nn.Module, optimizer, steps: range, micro_batches: int = 1, scale: float = 1.0):
     """Train on the mean squared error; returns the losses."""
     losses = []

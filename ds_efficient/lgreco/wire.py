@@ -21,6 +21,7 @@ from ds_efficient.lgreco.feedback import ErrorFeedback
 from ds_efficient.lgreco.powersgd import orthonormal_
 from ds_efficient.lgreco.transport import Handle, Transport
 from ds_efficient.ops.lgreco_low_rank import project_back, rebuild
+from ds_efficient.ops.lgreco_quantize import filled_up, whole_buckets
 
 Waits = Iterator[Handle]
 _KEPT_ELEMENTS = 1 << 23  # of scratch memory; single gradients above it are rare
@@ -107,7 +108,7 @@ def quantised(shared: Shared, items: Sequence[Item], compressor: QSGD) -> Waits:
         yield handle
         compressor.decompress_parts_(everyone, gradients, weight=1 / transport.ranks)
     else:
-        lengths = [-(-gradient.numel() // bucket) * bucket for gradient in gradients]
+        lengths = [whole_buckets(gradient.numel(), bucket) for gradient in gradients]
         mean = yield from _reduced_by_parts(shared, compressor, payload, sum(lengths))
         _spread(mean, items, lengths)
 
@@ -158,7 +159,7 @@ def quantised_slices(
         for item in items:
             flat = item.gradient.reshape(-1)
             start, end = slice_of(flat.numel(), rank, transport.ranks)
-            parts += _filled(flat[start:end], -(-(end - start) // bucket) * bucket)
+            parts += filled_up(flat[start:end], bucket)
         blocks.append((sum(part.numel() for part in parts) - before) // bucket)
     flat = torch.cat(parts)
     payload = compressor.compress(flat, shared.key.fold("qsgd slices", compressor.bits, transport.rank))
@@ -250,11 +251,11 @@ def low_rank(
         project_back(matrix, p, q)
     yield transport.start_all_reduce(right)
     right /= transport.ranks
+
+    def scratch(count: int) -> Tensor:
+        return shared.scratch("mean", count, torch.float32, like.device)
+
     for item, error, p, q in zip(items, corrected, ps, rows, strict=True):
-
-        def scratch(count: int, device: torch.device = error.device) -> Tensor:
-            return shared.scratch("mean", count, torch.float32, device)
-
         rebuild(item.gradient, error, p, q, scale=shared.scale, scratch=scratch)
         feedback.keep(item.name, error)
         keep_q(item.name, q.T)
@@ -266,12 +267,6 @@ def _stacked(shapes: Sequence[tuple[int, int]], like: Tensor) -> tuple[Tensor, l
     flat = torch.empty(sum(rows * columns for rows, columns in shapes), dtype=like.dtype, device=like.device)
     pieces = flat.split([rows * columns for rows, columns in shapes])
     return flat, [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-
-
-def _filled(flat: Tensor, length: int) -> Iterator[Tensor]:
-    yield flat
-    if length > flat.numel():
-        yield flat[-1:].expand(length - flat.numel())
 
 
 def _part(payload: Tensor, compressor: QSGD, blocks: int, start: int, end: int) -> Tensor:

@@ -10,7 +10,8 @@ from ds_efficient.config.base import Section, TechniqueSection, rule
 from ds_efficient.config.fields import Count, Fraction, Names, Natural, integral
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-StatisticsRank = Annotated[int, Field(ge=1, le=64), BeforeValidator(integral)]
+MAX_VECTORS = 64  # of an update and side
+StatisticsRank = Annotated[int, Field(ge=1, le=MAX_VECTORS), BeforeValidator(integral)]
 
 
 class StabilizerConfig(Section):

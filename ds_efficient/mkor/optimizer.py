@@ -22,6 +22,7 @@ from torch.optim import LBFGS, Optimizer
 
 from ds_efficient.core.keys import Key
 from ds_efficient.errors import CheckpointError, UserError
+from ds_efficient.mkor.config import MAX_VECTORS
 from ds_efficient.mkor.factored import FactoredInverse
 from ds_efficient.mkor.hybrid import HybridSwitch
 from ds_efficient.mkor.inverse import (
@@ -32,7 +33,7 @@ from ds_efficient.mkor.inverse import (
     precondition,
     vector_weights,
 )
-from ds_efficient.mkor.signs import MAX_VECTORS, RowSketch
+from ds_efficient.mkor.signs import RowSketch
 from ds_efficient.mkor.statistics import LayerStatistics, preconditioned_layers
 
 SIDES = {"both": ("left", "right"), "left": ("left",), "right": ("right",)}

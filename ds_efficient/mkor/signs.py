@@ -35,7 +35,6 @@ from ds_efficient.core.keys import Key, Subkeys
 from ds_efficient.core.passes import Calls
 from ds_efficient.ops.keyed_random import random_bits
 
-MAX_VECTORS = 64
 _BITS = 32  # signs in a word
 _CHUNK = 1 << 24  # elements that are converted to fp32 at a time
 
@@ -43,6 +42,11 @@ _CHUNK = 1 << 24  # elements that are converted to fp32 at a time
 def wide_type(x: Tensor) -> torch.dtype:
     """Return the type of sums: fp64 for fp64, fp32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def row_count(x: Tensor, columns: int = -1) -> int:
+    """Return how many rows a tensor has whose elements of one row lie along dimension `columns`."""
+    return x.numel() // max(1, x.shape[columns])
 
 
 def random_signs(

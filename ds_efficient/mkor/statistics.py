@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ds_efficient.errors import UserError
-from ds_efficient.mkor.signs import RowSketch
+from ds_efficient.mkor.signs import RowSketch, row_count
 from ds_efficient.mkor.signs import wide_type as _wide
 
 
@@ -51,7 +51,7 @@ def input_sum(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     x = x.detach()
     if isinstance(module, nn.Conv2d):
         return _patch_sum(module, x)
-    return x.reshape(-1, x.shape[-1]).sum(0, dtype=_wide(x)), x.numel() // max(1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1]).sum(0, dtype=_wide(x)), row_count(x)
 
 
 def _patch_sum(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, int]:
@@ -122,7 +122,7 @@ class RowSums:
             return
         x = arguments[0]
         named = (0, 0) if self._sketch is None else self._sketch.begin_pass()
-        total, rows = None, x.numel() // max(1, x.shape[-1])
+        total, rows = None, row_count(x)
         if self._sums_inputs:
             total, rows = self._sum_inputs(x, named)
 
@@ -143,16 +143,16 @@ class RowSums:
             return input_sum(self.module, x)
         if isinstance(self.module, nn.Conv2d):
             return self._sketch.of_patches(named, self.module, x)
-        return self._sketch.of_rows("right", named, x), x.numel() // max(1, x.shape[-1])
+        return self._sketch.of_rows("right", named, x), row_count(x)
 
     def _sum_outputs(self, gradient: Tensor, named: tuple[int, int]) -> Tensor:
         """Return the sum over the rows of the gradient of a pass's output."""
         if self._sketch is None:
             return output_sum(self.module, gradient)
         if isinstance(self.module, nn.Conv2d):
-            self.output_rows += gradient.numel() // max(1, gradient.shape[-3])
+            self.output_rows += row_count(gradient, -3)
             return self._sketch.of_positions(named, gradient)
-        self.output_rows += gradient.numel() // max(1, gradient.shape[-1])
+        self.output_rows += row_count(gradient)
         return self._sketch.of_rows("left", named, gradient)
 
     def clear(self) -> None:

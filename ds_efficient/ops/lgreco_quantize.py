@@ -37,9 +37,11 @@ __all__ = [
     "check_setting",
     "dequantize_",
     "dequantize_parts_",
+    "filled_up",
     "payload_bytes",
     "quantize",
     "quantize_parts",
+    "whole_buckets",
 ]
 
 BACKENDS = ("auto", "native", "reference")
@@ -140,16 +142,8 @@ def dequantize_(
     if not out.is_contiguous():
         raise UserError(f"out has strides {out.stride()}; expected a contiguous tensor")
     rows = payload if payload.dim() == 2 else payload[None]
-    if payload.dtype != torch.uint8 or rows.shape[1:] != (size,) or payload.device != out.device:
-        raise UserError(
-            f"payload is {payload.dtype} of shape {tuple(payload.shape)} on {payload.device}; expected "
-            f"torch.uint8 of shape ({size},) or (ranks, {size}) on {out.device} for {out.numel()} elements, "
-            f"bits={bits}, bucket={bucket}"
-        )
-    if not len(rows):
-        raise UserError("payload has no rows; expected one or more")
-    if not math.isfinite(weight):
-        raise UserError(f"weight={weight} is not a finite number")
+    expected = f"({size},) or (ranks, {size}) on {out.device} for {out.numel()} elements"
+    _check_rows(payload, rows.shape, size, out.device, f"{expected}, bits={bits}, bucket={bucket}", weight)
     target = out.detach()
     plain = is_plain(target) and not target.is_meta
     run = _dequantize if plain else torch.ops.ds_efficient.lgreco_dequantize_
@@ -175,13 +169,12 @@ def quantize_parts(
         UserError: an argument does not fit.
         OpBuildError: the compiled code is asked for and cannot be built.
     """
-    check_setting(bits, bucket)
-    _check_parts(parts, backend)
-    library = _parts_library(parts, backend)
+    library = _parts_library(parts, bits, bucket, backend)
     if library is None:
-        filled = [piece for part in parts for piece in _filled(part.detach().reshape(-1), bucket)]
+        filled = [piece for part in parts for piece in filled_up(part.detach().reshape(-1), bucket)]
         return quantize(torch.cat(filled), key, bits, bucket, backend=backend)
-    payload = payload_tensor(None, payload_bytes(_filled_count(parts, bucket), bits, bucket), parts[0].device)
+    count = sum(whole_buckets(part.numel(), bucket) for part in parts)
+    payload = payload_tensor(None, payload_bytes(count, bits, bucket), parts[0].device)
     number = keyed_random.signed_key(key) & _UNSIGNED
     return library.quantize_parts([part.contiguous() for part in parts], number, bits, bucket, payload)
 
@@ -206,24 +199,17 @@ def dequantize_parts_(
         UserError: an argument does not fit.
         OpBuildError: the compiled code is asked for and cannot be built.
     """
-    check_setting(bits, bucket)
-    _check_parts(parts, backend)
-    library = _parts_library(parts, backend)
-    count, device = _filled_count(parts, bucket), parts[0].device
+    library = _parts_library(parts, bits, bucket, backend)
+    lengths, device = [whole_buckets(part.numel(), bucket) for part in parts], parts[0].device
+    size = payload_bytes(sum(lengths), bits, bucket)
+    expected = f"(ranks, {size}) on {device} for {sum(lengths)} elements, bits={bits}, bucket={bucket}"
+    _check_rows(payload, payload.shape, size, device, expected, weight)
     if library is None:
-        mean = torch.empty(count, dtype=torch.float32, device=device)
+        mean = torch.empty(sum(lengths), dtype=torch.float32, device=device)
         dequantize_(mean, payload, bits, bucket, weight=weight, backend=backend)
-        offset = 0
-        for part in parts:
-            part.detach().copy_(mean[offset : offset + part.numel()].view(part.shape))
-            offset += _filled_count([part], bucket)
+        for part, piece in zip(parts, mean.split(lengths), strict=True):
+            part.detach().copy_(piece[: part.numel()].view(part.shape))
         return
-    size = payload_bytes(count, bits, bucket)
-    if payload.dtype != torch.uint8 or payload.dim() != 2 or payload.shape[1] != size or not len(payload):
-        raise UserError(
-            f"payload is {payload.dtype} of shape {tuple(payload.shape)}; expected torch.uint8 of shape "
-            f"(ranks, {size}) for {count} elements, bits={bits}, bucket={bucket}"
-        )
     written = [part.detach().contiguous() for part in parts]
     library.dequantize_parts(_aligned_rows(payload), written, bits, bucket, weight)
     for part, own in zip(parts, written, strict=True):
@@ -231,7 +217,35 @@ def dequantize_parts_(
             part.detach().copy_(own)
 
 
-def _check_parts(parts: Sequence[Tensor], backend: str) -> None:
+def filled_up(flat: Tensor, bucket: int) -> list[Tensor]:
+    """A flat tensor, and what fills it up to whole buckets: its last element."""
+    missing = whole_buckets(flat.numel(), bucket) - flat.numel()
+    return [flat, flat[-1:].expand(missing)] if missing else [flat]
+
+
+def whole_buckets(count: int, bucket: int) -> int:
+    """Elements of so many, filled up to whole buckets."""
+    return -(-count // bucket) * bucket
+
+
+def _check_rows(
+    payload: Tensor, rows: torch.Size, size: int, device: torch.device, expected: str, weight: float
+) -> None:
+    """UserError where a payload does not fit, or the weight is no finite number."""
+    if payload.dtype != torch.uint8 or rows[1:] != (size,) or payload.device != device:
+        raise UserError(
+            f"payload is {payload.dtype} of shape {tuple(payload.shape)} on {payload.device}; expected "
+            f"torch.uint8 of shape {expected}"
+        )
+    if not rows[0]:
+        raise UserError("payload has no rows; expected one or more")
+    if not math.isfinite(weight):
+        raise UserError(f"weight={weight} is not a finite number")
+
+
+def _parts_library(parts: Sequence[Tensor], bits: int, bucket: int, backend: str) -> CpuLibrary | None:
+    """The library that takes tensors where they are, None where there is none; checks the arguments."""
+    check_setting(bits, bucket)
     if not parts or not all(part.numel() for part in parts):
         raise UserError("parts is empty, or one of its tensors is; expected tensors with elements")
     for index, part in enumerate(parts):
@@ -242,19 +256,8 @@ def _check_parts(parts: Sequence[Tensor], backend: str) -> None:
                 f"{parts[0].dtype} on {parts[0].device}"
             )
 
-
-def _parts_library(parts: Sequence[Tensor], backend: str) -> CpuLibrary | None:
     plain = parts[0].device.type == "cpu" and all(is_plain(part) and not part.is_meta for part in parts)
     return CpuLibrary.for_device(parts[0].device, backend) if plain else None
-
-
-def _filled(flat: Tensor, bucket: int) -> list[Tensor]:
-    missing = -flat.numel() % bucket
-    return [flat, flat[-1:].expand(missing)] if missing else [flat]
-
-
-def _filled_count(parts: Sequence[Tensor], bucket: int) -> int:
-    return sum(-(-part.numel() // bucket) * bucket for part in parts)
 
 
 def check_tensor(name: str, x: Tensor, backend: str) -> None:

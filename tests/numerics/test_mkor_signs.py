@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mkor_runs import batch, factors, mkor, model, normal, same, train
+from mkor_runs import batch, factors, linear_twin, mkor, model, normal, same, step_twins, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -291,22 +291,14 @@ def test_a_convolution_is_the_linear_layer_of_its_patches(
     conv = nn.Conv2d(
         2, 3, (3, 2), stride=stride, padding=padding, dilation=dilation, padding_mode=mode, bias=bias
     ).double()
-    linear = nn.Linear(12, 3, bias=bias).double()
-    with torch.no_grad():
-        linear.weight.copy_(conv.weight.flatten(1))
-        if bias:
-            linear.bias.copy_(conv.bias)
+    linear = linear_twin(conv)
     x = normal(2, 9, 8, seed=3) if unbatched else normal(4, 2, 9, 8, seed=3)
     whole = x[None] if unbatched else x
     padded = F.pad(
         whole, conv._reversed_padding_repeated_twice, mode="constant" if mode == "zeros" else "circular"
     )
     patches = F.unfold(padded, (3, 2), stride=stride, dilation=dilation)
-    optimizers = [wrapped_mkor(conv), wrapped_mkor(linear)]
-    conv(x).square().mean().backward()
-    linear(patches.transpose(1, 2)).square().mean().backward()
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizers = step_twins(conv, linear, x, patches, wrapped_mkor)
     assert torch.allclose(conv.weight.flatten(1), linear.weight, rtol=1e-10)
     for a, b in zip(*map(factors, optimizers), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from mkor_runs import batch, factors, mkor, model, normal, same, train
+from mkor_runs import batch, factors, linear_twin, mkor, model, normal, same, step_twins, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,18 +82,10 @@ def test_the_sum_of_patches_is_that_of_the_unfolded_images(stride, padding, dila
 @pytest.mark.parametrize("unbatched", [True, False])
 def test_a_convolution_is_the_linear_layer_of_its_patches(bias, unbatched):
     conv = nn.Conv2d(2, 3, 3, bias=bias).double()
-    linear = nn.Linear(18, 3, bias=bias).double()
-    with torch.no_grad():
-        linear.weight.copy_(conv.weight.flatten(1))
-        if bias:
-            linear.bias.copy_(conv.bias)
+    linear = linear_twin(conv)
     x = normal(2, 6, 5, seed=3) if unbatched else normal(4, 2, 6, 5, seed=3)
     patches = F.unfold(x, 3) if not unbatched else F.unfold(x[None], 3)
-    optimizers = [mkor(conv), mkor(linear)]
-    conv(x).square().mean().backward()
-    linear(patches.transpose(1, 2)).square().mean().backward()
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizers = step_twins(conv, linear, x, patches, mkor)
     assert torch.allclose(conv.weight.flatten(1), linear.weight, rtol=1e-10)
     for a, b in zip(*map(factors, optimizers), strict=True):
         assert torch.allclose(a, b, rtol=1e-10)

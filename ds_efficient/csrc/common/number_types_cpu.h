@@ -19,21 +19,18 @@ inline float float_of_float16(uint16_t bits) {
   return keyed::float_of(static_cast<int32_t>(value | (bits & 0x8000u) << 16));
 }
 
-struct Float32 {
-  using Stored = float;
-  using Wide = float;
-  static float load(float value) { return value; }
-  static float store(float value) { return value; }
+// Stored as it is in the arithmetic.
+template <typename T>
+struct Unchanged {
+  using Stored = T;
+  using Wide = T;
+  static T load(T value) { return value; }
+  static T store(T value) { return value; }
   static float round(float value) { return value; }
 };
 
-struct Float64 {
-  using Stored = double;
-  using Wide = double;
-  static double load(double value) { return value; }
-  static double store(double value) { return value; }
-  static float round(float value) { return value; }
-};
+using Float32 = Unchanged<float>;
+using Float64 = Unchanged<double>;
 
 struct Bfloat16 {
   using Stored = uint16_t;
