@@ -129,7 +129,8 @@ def quality() -> str:
     def render(rows: list[Row]) -> list[str]:
         control = _longer(rows)
         final = {(row["arm"], row["seed"]): row for row in rows}  # the last row of each
-        lines = [f"Size `{rows[0]['size']}`:", ""]
+        rates = ", ".join(dict.fromkeys(f"{float(row['lr']):g}" for row in rows))
+        lines = [f"Size `{rows[0]['size']}`, learning rate {rates}:", ""]
         cells = [_arm(arm, final) for arm in ARMS if any(found == arm for found, _ in final)]
         if control:
             ends = {("longer", row["seed"]): row for row in control}

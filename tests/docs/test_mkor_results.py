@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from result_files import names_its_command, reading_from, shows_every_measurement, write
@@ -39,7 +40,7 @@ def rows(
 
 
 def test_problems_compare_tuned_contestants_with_tuned_adamw(results: ModuleType, tmp_path: Path) -> None:
-    head = {"problem": "regression", "tuned": 1}
+    head: dict[str, Any] = {"problem": "regression", "tuned": 1}
     write(tmp_path, "mkor_problems", [
         *rows("adamw", 0.01, (9.0, 7.0, 5.0), "loss", **head),
         *rows("adamw", 0.01, (9.0, 7.0, 3.0), "loss", 1, **head),
@@ -48,10 +49,18 @@ def test_problems_compare_tuned_contestants_with_tuned_adamw(results: ModuleType
         *rows("mkor", 0.03, (9.0, 4.0, 1.0), "loss", 1, **head),
         *rows("sgd", 0.3, (9.0, 8.0, 7.0), "loss", **head),
         *rows("lamb", 0.3, (9.0, 6.0, 4.9), "loss", **head),
+        *rows("muon", 0.1, (9.0, 4.0, 1.0), "loss", **head),
+        *rows("muon", 0.1, (9.0, 7.0, 6.0), "loss", 1, **head),
     ])  # fmt: skip
     text = results.problems()
     assert "| AdamW | 0.01 of 2 | 2 | 4.0000 +- 1.4142 | 20 | 1.00x | 1.00 | 1.00 |" in text
-    assert "| MKOR + AdamW | 0.03 of 1 | 2 | 1.0000 +- 0.0000 | 10 | 2.00x | 0.50 | 1.00 |" in text
+    assert (
+        "| MKOR + AdamW | 0.03 of 1 | 2 | 1.0000 +- 0.0000 | 10 | 2.00x (1.50 to 2.50) | 0.50 | 1.00 |"
+        in text
+    )
+    assert (
+        "| Muon | 0.1 of 1 | 2 | 3.5000 +- 3.5355 | 18 | 1.14x (not with every seed) | 0.88 | 1.00 |" in text
+    )
     assert "| SGD | 0.3 of 1 | 1 | 7.0000 | not reached | - | - | 1.00 |" in text
     assert "| LAMB | 0.3 of 1 | 1 | 4.9000 | 19 | 1.05x | 0.95 | 1.00 |" in text  # with the seed that it has
     assert [path.name in text for path in results.figures(tmp_path)] == [True]
@@ -63,7 +72,7 @@ def test_without_the_base_a_comparison_says_so(results: ModuleType, tmp_path: Pa
 
 
 def test_quality_takes_the_best_learning_rate_of_each_arm(results: ModuleType, tmp_path: Path) -> None:
-    head = {"size": "small", "parameters": 2_000_000, "tokens": 640}
+    head: dict[str, Any] = {"size": "small", "parameters": 2_000_000, "tokens": 640}
     write(tmp_path, "mkor_quality_small", [
         *rows("adamw", 0.001, (9.0, 7.0, 5.0), "valid_loss", **head),
         *rows("adamw", 0.01, (9.0, 7.0, 6.0), "valid_loss", **head),

@@ -71,13 +71,14 @@ def test_quality_compares_arms_of_one_seed_by_tokens_and_layer_tokens(
     results: ModuleType, tmp_path: Path
 ) -> None:
     write(tmp_path, "random_ltd_quality_tiny", [
-        {"size": "tiny", "arm": arm, "seed": seed, "parameters": 10, "step": step, "tokens": 1000 * step,
-         "layer_tokens": cost * step, "valid_loss": loss - step, "seconds": 5 * step}
+        {"size": "tiny", "arm": arm, "seed": seed, "parameters": 10, "lr": 6e-4, "step": step,
+         "tokens": 1000 * step, "layer_tokens": cost * step, "valid_loss": loss - step, "seconds": 5 * step}
         for seed, shift in ((0, 0.0), (1, 1.0))
         for arm, loss, cost in (("dense", 9.0 + shift, 4000), ("growing", 9.5 + 2 * shift, 3000))
         for step in (0, 1, 2)
     ])  # fmt: skip
     text = results.quality()
+    assert "Size `tiny`, learning rate 0.0006:" in text
     assert "| dense | 2,000 | 8,000 | 2 | 7.5000 +- 0.7071 | - |" in text
     assert "| growing length | 2,000 | 6,000 | 2 | 8.5000 +- 1.4142 | +1.0000 +- 0.7071 |" in text
     drawn = results.figures(tmp_path)
@@ -87,7 +88,7 @@ def test_quality_compares_arms_of_one_seed_by_tokens_and_layer_tokens(
 
 def test_a_longer_dense_run_is_the_last_row_and_in_the_figures(results: ModuleType, tmp_path: Path) -> None:
     def curve(arm: str, loss: float, steps: int) -> list[dict[str, Any]]:
-        head = {"size": "tiny", "arm": arm, "seed": 0}
+        head = {"size": "tiny", "arm": arm, "seed": 0, "lr": 6e-4}
         return [
             {
                 **head,
