@@ -26,7 +26,7 @@
 
 #include "keyed_random.h"
 
-#define DS_EFFICIENT_MKOR_VERSION 2
+#define DS_EFFICIENT_MKOR_VERSION 3
 
 namespace ds_efficient {
 namespace mkor {
