@@ -6,7 +6,7 @@ import ctypes
 import math
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 GUARD = 16  # elements around a result that must stay as they were
 
 
-def build(spec: OpSpec, folder: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
+def build(spec: OpSpec, folder: Path) -> ctypes.CDLL:
     """The library of an op, from the sources that nvcc compiles, with launches written as calls.
 
     Dynamic shared memory becomes a pointer. Sources are compiled side by side.
@@ -29,7 +29,6 @@ def build(spec: OpSpec, folder: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
     Args:
         spec: its CUDA row.
         folder: where files are written.
-        flags: further flags of the compiler.
     """
     made, found = [], 0
     for source in spec.source_paths():
@@ -48,7 +47,7 @@ def build(spec: OpSpec, folder: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
     assert found
     include = [f"-I{path}" for path in (SHIM, *spec.include_dirs())]
     library, objects = folder / "kernels.so", [source.with_suffix(".o") for source in made]
-    command = [*toolchain.find_cxx(), "-std=c++17", "-O1", "-fPIC", "-pthread", *flags]
+    command = [*toolchain.find_cxx(), "-std=c++17", "-O1", "-fPIC"]
     running = [
         subprocess.Popen([*command, *include, "-c", str(source), "-o", str(target)])
         for source, target in zip(made, objects, strict=True)
@@ -61,15 +60,14 @@ def build(spec: OpSpec, folder: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
 _Library = TypeVar("_Library", bound=NativeLibrary)
 
 
-def on_host(library: type[_Library], folder: Path, *, grids: bool = False) -> _Library:
+def on_host(library: type[_Library], folder: Path) -> _Library:
     """The functions of an op's CUDA library, built for the host, with host tensors.
 
     Args:
         library: its class, or one made from it.
         folder: where files are written.
-        grids: with barriers of a grid, which cost the others time.
     """
-    built = build(find_op(library.OP, "cuda"), folder, ("-DCUDA_HOST_GRIDS",) if grids else ())
+    built = build(find_op(library.OP, "cuda"), folder)
     made = library.__new__(library)
     made._library, made._cuda, made._functions = built, False, {}
     for name, arguments in library.SIGNATURES.items():

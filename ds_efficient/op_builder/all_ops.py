@@ -99,7 +99,7 @@ _SPECS = (
     *_rows("rmm", "random sketches", cuda=("rmm_cuda", "rmm_hadamard")),
     *_rows("random_ltd", "token dropping", cuda=("random_ltd_cuda",)),
     *_rows("rotary", "rotary position embedding", cuda=("rotary_cuda",)),
-    *_rows("mkor", "rank-1 updates of inverse factors", cuda=("mkor_cuda", "mkor_resident", "mkor_rescale")),
+    *_rows("mkor", "rank-1 updates of inverse factors", cuda=("mkor_cuda", "mkor_rescale")),
     OpSpec(
         "lgreco_planner",
         "cpu",

@@ -66,28 +66,24 @@ class CudaLibrary(Library):
     """With the memory between the kernels.
 
     Attributes:
-        LIMITS: rows of tiles of a factor up to which two launches may do, in place of three; tiles of some
-            factors together up to which one launch may, where the device has room for so many.
+        LIMITS: rows of tiles of a factor up to which two launches may do, in place of three.
     """
 
     SIGNATURES: ClassVar[Signatures] = {
-        "update": (*_STATE, POINTER, POINTER, POINTER, POINTER, INT, INT, INT),
+        "update": (*_STATE, POINTER, POINTER, POINTER, POINTER, INT, INT),
         "rescale": (POINTER, POINTER, POINTER, POINTER, INT64, POINTER, POINTER, INT, INT),
     }
-    LIMITS: ClassVar[tuple[int, ...]] = (32, 1024)
+    LIMITS: ClassVar[tuple[int, ...]] = (32,)
 
     def _scratch(self, sizes: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
-        """Parts of the products, the products, parts of the quadratic forms, largest entries.
-
-        A launch has any `GROUP` of the factors, or any with so many tiles together as one launch may have.
-        """
-        blocks = sorted((-(-size // TILE) for size in sizes), reverse=True)
-        group = blocks[:GROUP]
-        together = min(self.LIMITS[1], sum(count * (count + 1) // 2 for count in blocks))
-        # b^2 is at most two times the b (b + 1) / 2 tiles of a factor.
-        partial = TILE * max(sum(count * count for count in group), 2 * together)
-        rows = sum(group)
-        tiles = max(sum(count * (count + 1) // 2 for count in group), together)
+        """Parts of the products, the products, parts of the quadratic forms, largest entries."""
+        groups = [
+            [-(-size // TILE) for size in sizes[first : first + GROUP]]
+            for first in range(0, len(sizes), GROUP)
+        ]
+        partial = TILE * max(sum(blocks * blocks for blocks in group) for group in groups)
+        rows = max(map(sum, groups))
+        tiles = max(sum(blocks * (blocks + 1) // 2 for blocks in group) for group in groups)
         return (
             torch.empty(partial, device=device, dtype=torch.float32),
             torch.empty(rows * TILE, device=device, dtype=torch.float32),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-VERSION = 3
+VERSION = 2
 UPDATED, BLENDED, LEFT, RESET = 0, 1, 2, 3
 ROUNDING = 32
 """What an update leaves of M along v at least, in epsilons of the stored type times the largest entry."""

@@ -1,40 +1,28 @@
 // The part of CUDA that this project's kernels use, on the host: a block at a time, its threads as fibers that run
 // from barrier to barrier, a warp ahead of the others as far as it can, odd blocks from the last warp down. For tests
-// of the kernels' arithmetic where there is no GPU; finds missing barriers of a block, but not every race. With
-// CUDA_HOST_GRIDS defined, blocks of cooperative launches run from barrier to barrier of the grid, each as a thread of
-// the host, one at a time.
+// of the kernels' arithmetic where there is no GPU; finds missing barriers of a block, but not every race.
 #pragma once
 #include <ucontext.h>
 
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
-#include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
-
-#ifdef CUDA_HOST_GRIDS
-#define CUDA_HOST_BLOCK thread_local  // what each block has for itself
-#else
-#define CUDA_HOST_BLOCK
-#endif
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static CUDA_HOST_BLOCK
+#define __shared__ static
 
 struct Index {
   unsigned x;
 };
-inline CUDA_HOST_BLOCK Index threadIdx, blockIdx, gridDim;
+inline Index threadIdx, blockIdx, gridDim;
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -42,8 +30,7 @@ enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration
 enum Attribute {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrCooperativeLaunch
+  cudaDevAttrComputeCapabilityMajor
 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
@@ -64,17 +51,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int
 
 // A small device, so that persistent blocks take several tiles, with the shared memory of compute capability 8.9.
 inline cudaError_t cudaDeviceGetAttribute(int* value, Attribute which, int) {
-#ifdef CUDA_HOST_GRIDS
-  constexpr int kGrids = 1;
-#else
-  constexpr int kGrids = 0;
-#endif
-  *value = which == cudaDevAttrCooperativeLaunch ? kGrids : which == cudaDevAttrMultiProcessorCount ? 2 : 101376;
-  return cudaSuccess;
-}
-template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  *blocks = 4;
+  *value = which == cudaDevAttrMultiProcessorCount ? 2 : 101376;
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -110,14 +87,13 @@ struct Fiber {
 struct Exchange {
   char bytes[32];
 };
-inline CUDA_HOST_BLOCK std::vector<Fiber> fibers;
-constexpr size_t kStack = 1 << 16;
-inline CUDA_HOST_BLOCK std::vector<std::unique_ptr<char[]>> stacks;
-inline CUDA_HOST_BLOCK std::vector<Exchange> exchanged[2];
-inline CUDA_HOST_BLOCK std::vector<uint4> dynamic;
-inline CUDA_HOST_BLOCK size_t dynamic_bytes = 0;
-inline CUDA_HOST_BLOCK std::function<void()> kernel;
-inline CUDA_HOST_BLOCK ucontext_t scheduler;
+inline std::vector<Fiber> fibers;
+inline std::vector<std::vector<char>> stacks;
+inline std::vector<Exchange> exchanged[2];
+inline std::vector<uint4> dynamic;
+inline size_t dynamic_bytes = 0;
+inline std::function<void()> kernel;
+inline ucontext_t scheduler;
 
 inline void run_fiber() {
   kernel();
@@ -191,12 +167,12 @@ inline void run_block(size_t threads) {
   fibers.assign(threads, Fiber());
   for (std::vector<Exchange>& all : exchanged) all.resize(threads);
   fill_dynamic();
-  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
+  stacks.resize(threads, std::vector<char>(1 << 16));
   for (size_t i = 0; i < threads; ++i) {
     ucontext_t& context = fibers[i].context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks[i].get();
-    context.uc_stack.ss_size = kStack;
+    context.uc_stack.ss_sp = stacks[i].data();
+    context.uc_stack.ss_size = stacks[i].size();
     context.uc_link = &scheduler;
     makecontext(&context, run_fiber, 0);
   }
@@ -210,45 +186,6 @@ inline void run_block(size_t threads) {
       fail("threads wait at different barriers");
     }
   }
-}
-
-// A barrier of the blocks of a cooperative launch, and whose turn it is: a block holds `turn` while it runs.
-struct GridBarrier {
-  std::mutex turn;
-  std::condition_variable all_here;
-  unsigned blocks = 0, here = 0, passed = 0;
-
-  void wait() {
-    if (blocks == 0) fail("a barrier of the grid in a launch that is not cooperative");
-    std::unique_lock<std::mutex> mine(turn, std::adopt_lock);
-    const unsigned before = passed;
-    if (++here == blocks) {
-      here = 0;
-      ++passed;
-      all_here.notify_all();
-    } else {
-      all_here.wait(mine, [&] { return passed != before; });
-    }
-    mine.release();
-  }
-};
-inline GridBarrier grid;
-
-inline void run_cooperative(const std::function<void()>& call, unsigned blocks, unsigned threads, size_t bytes) {
-  std::vector<std::thread> running;
-  grid.blocks = blocks;
-  for (unsigned block = 0; block < blocks; ++block) {
-    running.emplace_back([=, &call] {
-      const std::lock_guard<std::mutex> mine(grid.turn);
-      gridDim.x = blocks;
-      blockIdx.x = block;
-      dynamic_bytes = bytes;
-      kernel = call;
-      run_block(threads);
-    });
-  }
-  for (std::thread& block : running) block.join();
-  grid.blocks = 0;
 }
 
 template <typename Kernel>
@@ -284,11 +221,11 @@ struct dim3 {
   dim3() = default;
   explicit dim3(unsigned count) : x(count) {}
 };
-enum { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 struct cudaLaunchAttribute {
   int id;
   struct {
-    int programmaticStreamSerializationAllowed, cooperative;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -299,15 +236,10 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// One kernel after the other, also where a launch may begin early; blocks of a cooperative launch together.
+// One kernel after the other, also where a launch may begin early.
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  if (config->numAttrs > 0 && config->attrs->id == cudaLaunchAttributeCooperative) {
-    host::run_cooperative([=] { kernel(arguments...); }, config->gridDim.x, config->blockDim.x,
-                          config->dynamicSmemBytes);
-    return cudaSuccess;
-  }
   host::launch(kernel, config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, config->stream)(arguments...);
   return cudaSuccess;
 }

@@ -31,7 +31,7 @@ class HostLibrary(CudaLibrary):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> HostLibrary:
-    return cuda_host.on_host(HostLibrary, tmp_path_factory.mktemp("cuda_on_host"), grids=True)
+    return cuda_host.on_host(HostLibrary, tmp_path_factory.mktemp("cuda_on_host"))
 
 
 def guarded(matrix: torch.Tensor, offset: int) -> cuda_host.Guarded:
@@ -81,26 +81,16 @@ def test_bad_vectors_leave_their_factors_alone(kernels, dtype):
         factors.check(matrices, largest, outcome, RULE, left=(1,))
 
 
-@pytest.mark.parametrize("resident", (0, 1024))
-def test_more_factors_than_one_launch_takes(kernels, monkeypatch, resident):
-    monkeypatch.setattr(HostLibrary, "LIMITS", (32, resident))
+def test_more_factors_than_one_launch_takes(kernels):
     factors = mkor_factors.Factors.draw([5 + i % 7 for i in range(GROUP + 2)], torch.float32, 3)
     matrices, largest = [m.clone() for m in factors.matrices], factors.largest.clone()
     outcome = kernels.run(matrices, factors.vectors, largest)
     factors.check(matrices, largest, outcome, RULE)
 
 
-def test_factors_that_fit_one_launch_among_those_that_do_not(kernels):
-    factors = mkor_factors.Factors.draw((130, 520, 5, 500, 260, 3), torch.float32, 6, entry=(0.5, 50.0))
-    matrices, largest = [m.clone() for m in factors.matrices], factors.largest.clone()
-    outcome = kernels.run(matrices, factors.vectors, largest)
-    factors.check(matrices, largest, outcome, RULE)
-
-
-@pytest.mark.parametrize("limits", ((32, 0), (0, 0)), ids=("two launches", "three launches"))
 @pytest.mark.parametrize("dtype", mkor_factors.DTYPES)
-def test_a_launch_for_each_pass_as_for_many_tiles(kernels, monkeypatch, dtype, limits):
-    monkeypatch.setattr(HostLibrary, "LIMITS", limits)
+def test_three_launches_as_for_many_rows_of_tiles(kernels, monkeypatch, dtype):
+    monkeypatch.setattr(HostLibrary, "LIMITS", (0,))
     factors = mkor_factors.Factors.draw((260, 140, 1), dtype, 4, entry=(0.5, 2.9, 50.0))
     factors.vectors[-1] = torch.nan
     matrices, largest = [m.clone() for m in factors.matrices], factors.largest.clone()

@@ -26,7 +26,7 @@
 
 #include "keyed_random.h"
 
-#define DS_EFFICIENT_MKOR_VERSION 3
+#define DS_EFFICIENT_MKOR_VERSION 2
 
 namespace ds_efficient {
 namespace mkor {

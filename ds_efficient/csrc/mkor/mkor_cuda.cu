@@ -1,31 +1,92 @@
 // The grouped rank-1 update on CUDA devices; see mkor_common.h. No torch headers.
 //
 // M is symmetric, so tiles of its lower triangle suffice for M v, and for the update, which writes each new tile twice,
-// the second time transposed. M v needs all of M before the update can begin, hence two passes, in one of two ways:
+// the second time transposed. Memory traffic of a matrix that does not fit in the L2 cache: d^2 / 2 elements read for
+// M v, d^2 / 2 read and d^2 written for the update: as much as reading and writing M once. (M v needs all of M before
+// the update can begin, hence two passes.) The update goes through the tiles in reverse order, so that it finds the
+// last ones of the first pass in the cache.
 //
-// - Factors of at most as many tiles as the device's blocks have room for together, d = 4096 on an H100, are updated by
-//   one launch that keeps its tiles (mkor_resident.cu), several small factors at a time.
-// - For others there is a launch for each pass. Memory traffic of a matrix that does not fit in the L2 cache: d^2 / 2
-//   elements read for M v, d^2 / 2 read and d^2 written for the update: as much as reading and writing M once. The
-//   update goes through the tiles in reverse order, so that it finds the last ones of the first pass in the cache.
-//
-// Blocks of a launch share the tiles of all its factors. For few tiles, where the time between launches counts, and for
-// few parts (d up to 1024), the update adds up the parts of M v by itself, each block those of its rows and columns,
-// and q comes from the tiles; beyond that a launch between the two does it once. Where the device can, a kernel begins
+// Blocks of a launch share the tiles of all factors. For few tiles, where the time between launches counts, and for few
+// parts (d up to 1024), the update adds up the parts of M v by itself, each block those of its rows and columns, and
+// q comes from the tiles; beyond that a launch between the two does it once. Where the device can, a kernel begins
 // while the one before is ending: it finds its tile and loads its first rows, which nobody writes before the update.
 #include <cuda_runtime.h>
+#include <device_atomic_functions.h>
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
-#include "mkor_tiles.h"
+#include "mkor_common.h"
+#include "mkor_cuda.h"
 
 namespace ds_efficient {
 namespace mkor {
 namespace {
 
+constexpr int kResident = 4;  // blocks of a multiprocessor at a time: at most 64 registers a thread
 constexpr int kFewBlocks = 8, kFewTiles = 1056;  // beyond both, adding up in every block costs more than a launch
+constexpr int kMost = 96;  // factors of a launch: the table is an argument, of which 4 KiB are allowed
+
+struct Factor {
+  void* matrix;
+  int64_t vector;   // of the vectors: elements before those of this factor
+  int64_t partial;  // of the scratch memory: elements before those of this factor
+  int32_t size, blocks;             // d, and tiles of a row
+  int32_t first_tile, first_block;  // of the tiles and of the rows of tiles of the launch
+};
+
+struct Group {
+  Factor factor[kMost];
+  int32_t count;
+};
+
+// Arrays of the launch; `largest`, `outcome` and `before` have an element a factor.
+struct State {
+  const float* vectors;
+  float* largest;
+  int32_t* outcome;
+  float* partial;  // of each factor (blocks, blocks * kTile): what a column of tiles adds to M v
+  float* u;        // kTile elements a row of tiles
+  double* q;       // what a tile, or a row of tiles, adds to v^T M v, M as stored, and to v^T v
+  float* before;   // largest, as it was
+};
+
+__device__ __forceinline__ int tiles_of(const Factor& factor) { return factor.blocks * (factor.blocks + 1) / 2; }
+
+__device__ __forceinline__ int factor_of(const Group& group, int place, int32_t Factor::*first) {
+  int low = 0, high = group.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (group.factor[middle].*first <= place) low = middle; else high = middle;
+  }
+  return low;
+}
+
+// Row and column of the tile of a lower triangle, counted row by row.
+__device__ __forceinline__ void place_of(int tile, int* row, int* column) {
+  int found = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1.0f) - 1.0f) * 0.5f);
+  while (found * (found + 1) / 2 > tile) --found;
+  while ((found + 1) * (found + 2) / 2 <= tile) ++found;
+  *row = found;
+  *column = tile - found * (found + 1) / 2;
+}
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const Factor& factor) {
+  return factor.size % Share<T>::kVector == 0 && reinterpret_cast<uintptr_t>(factor.matrix) % 16 == 0;
+}
+
+// An element of M v, M as stored: its parts have a fixed order.
+__device__ __forceinline__ double product_of(const Factor& factor, const State& state, int row) {
+  const float* const partial = state.partial + factor.partial + row;
+  const int64_t padded = static_cast<int64_t>(factor.blocks) * kTile;
+  double product = 0.0;
+#pragma unroll 8
+  for (int b = 0; b < factor.blocks; ++b) product += static_cast<double>(partial[b * padded]);
+  return product;
+}
+
+// ---- pass 1: M v ---------------------------------------------------------------------------------------------------
 
 // A block multiplies a tile with the part of v for its columns, and its transpose with that for its rows.
 template <typename T>
@@ -33,35 +94,92 @@ __global__ void __launch_bounds__(kThreads, kResident)
     products_kernel(const Group group, const State state, bool fused) {
   using S = Share<T>;
   constexpr int kAhead = sizeof(T) == 4 ? 8 : 4;  // steps whose loads are on their way together
-  __shared__ float both[2 * kTile], column_sum[S::kRows][kTile];
+  __shared__ float row_v[kTile], column_v[kTile], column_sum[S::kRows][kTile];
+  __shared__ double part[S::kRows][2];
   let_next_begin();
-  const Factor& factor = group.factor[factor_of(group, static_cast<int>(blockIdx.x), &Factor::first_tile)];
-  const Tile<T> tile(factor, static_cast<int>(blockIdx.x) - factor.first_tile);
-  if (tile.first && tile.thread == 0) {
-    state.before[factor.place] = state.largest[factor.place];
-    if (fused) state.largest[factor.place] = 0.0f;  // the update finds the new one
+  const int index = factor_of(group, static_cast<int>(blockIdx.x), &Factor::first_tile);
+  const Factor& factor = group.factor[index];
+  const int tile = static_cast<int>(blockIdx.x) - factor.first_tile, size = factor.size;
+  int tile_row, tile_column;
+  place_of(tile, &tile_row, &tile_column);
+  const int first_row = tile_row * kTile, first_column = tile_column * kTile;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % S::kLanes, mine = thread / S::kLanes;
+  if (tile == 0 && thread == 0) {
+    state.before[index] = state.largest[index];
+    if (fused) state.largest[index] = 0.0f;  // the update finds the new one
   }
-  Products<T> products(tile, state, both);
+  {
+    const int local = thread % kTile, place = (thread < kTile ? first_row : first_column) + local;
+    const float value = place < size ? state.vectors[factor.vector + place] : 0.0f;
+    if (thread < kTile) row_v[local] = value; else column_v[local] = value;
+  }
+  __syncthreads();
+  const T* const matrix = static_cast<const T*>(factor.matrix);
+  const bool vector = is_aligned<T>(factor), last = lane == S::kLanes - 1;
+  float* const partial = state.partial + factor.partial;
+  const int64_t padded = static_cast<int64_t>(factor.blocks) * kTile;
+  float columns[S::kVector] = {}, v[S::kVector];
+  double q = 0.0, square = 0.0;
+#pragma unroll
+  for (int e = 0; e < S::kVector; ++e) v[e] = column_v[S::kVector * lane + e];
 #pragma unroll 1
   for (int first = 0; first < kTile; first += kAhead * S::kRows) {
     uint4 bits[kAhead];  // loaded before any result is stored, since the compiler cannot know that they do not overlap
-    tile.load(first, bits);
-    products.add(tile, state, bits, first, both);
+    load_rows<T>(matrix, first_row + first + mine, first_column + S::kVector * lane, size, vector, bits);
+#pragma unroll
+    for (int r = 0; r < kAhead; ++r) {
+      const int row = first + r * S::kRows + mine;
+      float x[S::kVector], dot = 0.0f;
+      unpack<T>(bits[r], x);
+#pragma unroll
+      for (int e = 0; e < S::kVector; ++e) {
+        dot = keyed::fma_rn(x[e], v[e], dot);
+        columns[e] = keyed::fma_rn(x[e], row_v[row], columns[e]);
+      }
+      dot = lane_sum<S::kLanes>(dot);
+      if (last) {
+        partial[tile_column * padded + first_row + row] = dot;
+        const double here = static_cast<double>(row_v[row]);
+        q += static_cast<double>(dot) * here;
+        square += here * here;
+      }
+    }
   }
-  products.finish(tile, state, column_sum, fused);
+  const bool diagonal = tile_row == tile_column;
+  if (last) {
+    part[mine][0] = q;
+    part[mine][1] = square;
+  }
+#pragma unroll
+  for (int e = 0; e < S::kVector; ++e) column_sum[mine][S::kVector * lane + e] = columns[e];
+  __syncthreads();
+  if (fused && thread < 2) {  // a tile beside the diagonal counts for its mirror too, and v once
+    double sum = 0.0;
+#pragma unroll
+    for (int w = 0; w < S::kRows; ++w) sum += part[w][thread];
+    const double weight = thread == 0 ? (diagonal ? 1.0 : 2.0) : (diagonal ? 1.0 : 0.0);
+    state.q[2 * static_cast<int64_t>(blockIdx.x) + thread] = weight == 0.0 ? 0.0 : weight * sum;
+  }
+  if (!diagonal && thread < kTile) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < S::kRows; ++w) sum += column_sum[w][thread];
+    partial[tile_row * padded + first_column + thread] = sum;
+  }
 }
 
 // A block adds up kTile elements of u and what they contribute to q.
 __global__ void __launch_bounds__(kTile) sums_kernel(const Group group, const State state, const Rule rule) {
   __shared__ double part[2][kTile];
   let_next_begin();
-  const Factor& factor = group.factor[factor_of(group, static_cast<int>(blockIdx.x), &Factor::first_block)];
+  const int index = factor_of(group, static_cast<int>(blockIdx.x), &Factor::first_block);
+  const Factor& factor = group.factor[index];
   const int block = static_cast<int>(blockIdx.x) - factor.first_block, thread = static_cast<int>(threadIdx.x);
   const int row = block * kTile + thread;
   const float v = row < factor.size ? state.vectors[factor.vector + row] : 0.0f;
   wait_for_previous();
   const double product = product_of(factor, state, row);
-  const float u = blended_product(rule, blends(rule, state.before[factor.place]), product, v);
+  const float u = blended_product(rule, blends(rule, state.before[index]), product, v);
   state.u[static_cast<int64_t>(blockIdx.x) * kTile + thread] = u;
   part[0][thread] = product * static_cast<double>(v);
   part[1][thread] = static_cast<double>(v) * static_cast<double>(v);
@@ -75,7 +193,62 @@ __global__ void __launch_bounds__(kTile) sums_kernel(const Group group, const St
   if (thread == 0) {
     state.q[2 * static_cast<int64_t>(blockIdx.x)] = part[0][0];
     state.q[2 * static_cast<int64_t>(blockIdx.x) + 1] = part[1][0];
-    if (block == 0) state.largest[factor.place] = 0.0f;  // the update finds the new one
+    if (block == 0) state.largest[index] = 0.0f;  // the update finds the new one
+  }
+}
+
+// ---- pass 2: the update --------------------------------------------------------------------------------------------
+
+// What is done to the factor, from `count` parts of q. Every block of a factor comes to the same decision.
+__device__ __forceinline__ Step decide_in_block(const double* q, int count, float before, const Rule& rule,
+                                                const Limits& limits) {
+  __shared__ double part[2][kThreads];
+  __shared__ Step step;
+  const int thread = static_cast<int>(threadIdx.x);
+  double sum = 0.0, square = 0.0;
+  for (int i = thread; i < count; i += kThreads) {
+    sum += q[2 * i];
+    square += q[2 * i + 1];
+  }
+  part[0][thread] = sum;
+  part[1][thread] = square;
+  __syncthreads();
+  if (thread < 32) {
+    for (int i = thread + 32; i < kThreads; i += 32) {
+      part[0][thread] += part[0][i];
+      part[1][thread] += part[1][i];
+    }
+  }
+  __syncthreads();
+  if (thread == 0) {
+    sum = square = 0.0;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      sum += part[0][i];
+      square += part[1][i];
+    }
+    if (blends(rule, before)) sum = rule.zeta * sum + (1.0 - rule.zeta) * square;
+    step = decide(rule, limits, before, sum, square);
+  }
+  __syncthreads();
+  return step;
+}
+
+// Raises `largest` to the largest number of the threads of the block, none negative.
+__device__ __forceinline__ void raise(float* largest, float mine) {
+  __shared__ float warp_most[kWarps];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t bits = static_cast<uint32_t>(keyed::bits_of(mine));
+    mine = fmaxf(mine, keyed::float_of(static_cast<int32_t>(__shfl_up_sync(0xffffffffu, bits, step))));
+  }
+  if (lane == 31) warp_most[thread / 32] = mine;
+  __syncthreads();
+  if (thread == 0) {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) mine = fmaxf(mine, warp_most[w]);
+    atomicMax(reinterpret_cast<int*>(largest), keyed::bits_of(mine));  // such numbers order as their bits do
   }
 }
 
@@ -83,45 +256,82 @@ __global__ void __launch_bounds__(kTile) sums_kernel(const Group group, const St
 template <typename T, bool kAdds>
 __global__ void __launch_bounds__(kThreads, kResident)
     update_kernel(const Group group, const State state, const Rule rule) {
+  using S = Share<T>;
+  constexpr int kSteps = 4, kStrip = kSteps * S::kRows, kWords = kTile * static_cast<int>(sizeof(T)) / 4 + 1;
   __shared__ float w[2 * kTile];
-  __shared__ uint32_t strip[Strip<T>::kAll];
+  __shared__ uint32_t strip[kStrip * kWords];
   const int reversed = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-  const Factor& factor = group.factor[factor_of(group, reversed, &Factor::first_tile)];
-  const Tile<T> tile(factor, reversed - factor.first_tile);
-  const int place = factor.place;
-  uint4 bits[Strip<T>::kSteps];
-  tile.load(0, bits);
+  const int index = factor_of(group, reversed, &Factor::first_tile);
+  const Factor& factor = group.factor[index];
+  const int tile = reversed - factor.first_tile, size = factor.size;
+  int tile_row, tile_column;
+  place_of(tile, &tile_row, &tile_column);
+  const int first_row = tile_row * kTile, first_column = tile_column * kTile;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % S::kLanes, mine = thread / S::kLanes;
+  T* const matrix = static_cast<T*>(factor.matrix);
+  const bool vector = is_aligned<T>(factor);
+  uint4 bits[kSteps];
+  load_rows<T>(matrix, first_row + mine, first_column + S::kVector * lane, size, vector, bits);
+  const int base = (thread < kTile ? first_row : first_column) + thread % kTile;
   wait_for_previous();
-  const float before = state.before[place];
+  const float before = state.before[index];
   double u;
   if (kAdds) {
-    u = sum_of_parts(factor, state, rule, blends(rule, before), tile.border());
+    const float v = base < size ? state.vectors[factor.vector + base] : 0.0f;
+    const double product = product_of(factor, state, base);
+    u = blends(rule, before) ? rule.zeta * product + (1.0 - rule.zeta) * static_cast<double>(v) : product;
   } else {
-    u = static_cast<double>(state.u[static_cast<int64_t>(factor.first_block) * kTile + tile.border()]);
+    u = static_cast<double>(state.u[static_cast<int64_t>(factor.first_block) * kTile + base]);
   }
   const double* const q = state.q + 2 * static_cast<int64_t>(kAdds ? factor.first_tile : factor.first_block);
   const Step step = decide_in_block(q, kAdds ? tiles_of(factor) : factor.blocks, before, rule, limits_of<T>());
-  if (tile.first && tile.thread == 0) {
-    state.outcome[place] = step.outcome;
-    if (step.outcome == kLeft) state.largest[place] = before;
+  if (tile == 0 && thread == 0) {
+    state.outcome[index] = step.outcome;
+    if (step.outcome == kLeft) state.largest[index] = before;
   }
   if (step.outcome == kLeft) return;
-  w[tile.thread] = step.factor == 0.0 ? 0.0f : static_cast<float>(step.factor * u);
+  w[thread] = step.factor == 0.0 ? 0.0f : static_cast<float>(step.factor * u);
   __syncthreads();
-  Update<T> update{tile, step, w, strip};
-  for (int first = 0; first < kTile; first += Strip<T>::kRows) {
-    update.write(bits, first);
-    if (first + Strip<T>::kRows < kTile) tile.load(first + Strip<T>::kRows, bits);
-    update.mirror(first);
+  float most = 0.0f;
+  for (int first = 0; first < kTile; first += kStrip) {
+#pragma unroll
+    for (int r = 0; r < kSteps; ++r) {
+      const int local = r * S::kRows + mine, row = first_row + first + local, column = first_column + S::kVector * lane;
+      float x[S::kVector];
+      T made[S::kVector];
+      unpack<T>(bits[r], x);
+#pragma unroll
+      for (int e = 0; e < S::kVector; ++e) {
+        const float shift = row == column + e ? step.shift : 0.0f;
+        made[e] = round_to<T>(
+            updated(x[e], step.scale, shift, w[first + local], w[kTile + S::kVector * lane + e]));
+        if (row < size && column + e < size) most = fmaxf(most, fabsf(to_float(made[e])));
+      }
+      uint4 done;
+      memcpy(&done, made, sizeof done);
+      uint32_t* const to = strip + local * kWords + 4 * lane;
+      to[0] = done.x;
+      to[1] = done.y;
+      to[2] = done.z;
+      to[3] = done.w;
+      store_row<T>(matrix, row, column, size, vector, done);
+    }
+    if (first + kStrip < kTile) {
+      load_rows<T>(matrix, first_row + first + kStrip + mine, first_column + S::kVector * lane, size, vector, bits);
+    }
+    if (tile_row == tile_column) continue;
+    __syncthreads();  // below the diagonal every column is inside of the matrix
+    store_mirrored(matrix, first_row + first, first_column, size, vector, strip, kWords, thread % 32, thread / 32);
+    __syncthreads();
   }
-  update.raise(state.largest + place);
+  raise(state.largest + index, most);
 }
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
 template <typename T>
-cudaError_t run_passes(const Group& group, int tiles, int blocks, const State& state, const Rule& rule, int most_fused,
-                       int device, cudaStream_t stream) {
+cudaError_t run_group(const Group& group, int tiles, int blocks, const State& state, const Rule& rule, int most_fused,
+                      int device, cudaStream_t stream) {
   int most = 0;
   for (int i = 0; i < group.count; ++i) most = std::max(most, static_cast<int>(group.factor[i].blocks));
   const bool fused = most <= most_fused && (most <= kFewBlocks || tiles <= kFewTiles);
@@ -134,44 +344,6 @@ cudaError_t run_passes(const Group& group, int tiles, int blocks, const State& s
   if (error != cudaSuccess) return error;
   return launch_after(update_kernel<T, false>, tiles, kThreads, early, stream, group, state, rule);
 }
-
-// The factors of a call, and those of them that the next launch takes.
-struct Call {
-  void* const* matrices;
-  const int64_t* sizes;
-  int64_t count;
-  std::vector<int64_t> vector;  // elements of all vectors before those of a factor
-  std::vector<bool> done;
-
-  Call(void* const* its_matrices, const int64_t* its_sizes, int64_t its_count)
-      : matrices(its_matrices), sizes(its_sizes), count(its_count), vector(its_count + 1), done(its_count) {
-    for (int64_t i = 0; i < count; ++i) vector[i + 1] = vector[i] + sizes[i];
-  }
-  static int64_t blocks_of(int64_t size) { return (size + kTile - 1) / kTile; }
-  static int64_t tiles_of(int64_t size) { return blocks_of(size) * (blocks_of(size) + 1) / 2; }
-
-  // The next factors from `first` on of which each has `least` tiles or more and all together have at most `most`;
-  // counts their tiles and rows of tiles.
-  Group take(int64_t first, int64_t least, int64_t most, int64_t* tiles, int64_t* rows) {
-    Group group;
-    memset(&group, 0, sizeof group);
-    *tiles = *rows = 0;
-    int64_t partial = 0;
-    for (int64_t i = first; i < count && group.count < kMost; ++i) {
-      const int64_t blocks = blocks_of(sizes[i]), its_tiles = tiles_of(sizes[i]);
-      if (done[i] || its_tiles < least || *tiles + its_tiles > most) continue;
-      group.factor[group.count++] =
-          Factor{matrices[i], static_cast<int32_t>(vector[i]), static_cast<int32_t>(partial),
-                 static_cast<int32_t>(sizes[i]), static_cast<int32_t>(blocks), static_cast<int32_t>(*tiles),
-                 static_cast<int32_t>(*rows), static_cast<int32_t>(i)};
-      *tiles += its_tiles;
-      *rows += blocks;
-      partial += blocks * blocks;
-      done[i] = true;
-    }
-    return group;
-  }
-};
 
 }  // namespace
 }  // namespace mkor
@@ -187,35 +359,37 @@ const char* ds_efficient_cuda_error(int error) { return cudaGetErrorString(stati
 
 // Update `count` factors in place. matrices, sizes: of each factor the address and d, in host memory; vectors: all v
 // one behind the other. Scratch memory on the device, with b = ceil(d / 128) of each factor of a launch: partial
-// 128 b^2 floats, u 128 b floats, q b (b + 1) doubles; and before, a float for each of all factors. A launch has any 96
-// of the factors, or any with at most most_resident tiles, b (b + 1) / 2 each, together.
-// most_fused: rows of tiles up to which two launches may do; most_resident: tiles up to which one launch may, which also
-// depends on the device. Returns a cudaError_t.
+// 128 b^2 floats, u 128 b floats, q b (b + 1) doubles; and before, a float for each of all factors.
+// most_fused: rows of tiles up to which two launches may do. Returns a cudaError_t.
 int ds_efficient_mkor_update(void* const* matrices, const int64_t* sizes, int64_t count, const float* vectors,
                              float* largest, int32_t* outcome, double gamma, double threshold, double zeta,
-                             float* partial, float* u, double* q, float* before, int most_fused, int most_resident,
-                             int dtype, int device, cudaStream_t stream) {
+                             float* partial, float* u, double* q, float* before, int most_fused, int dtype,
+                             int device, cudaStream_t stream) {
   cudaError_t error = cudaSetDevice(device);
   if (dtype < mkor::kFloat32 || dtype > mkor::kFloat16) return cudaErrorInvalidValue;
-  mkor::Call call(matrices, sizes, count);
-  if (call.vector[count] > 0x7fffffff) return cudaErrorInvalidValue;
   const mkor::Rule rule{gamma, threshold, zeta};
-  const mkor::State state{vectors, largest, outcome, partial, u, q, before};
-  const int64_t resident = std::min(most_resident, mkor::resident_tiles(dtype, device));
-  const auto passes = dtype == mkor::kFloat32    ? mkor::run_passes<float>
-                      : dtype == mkor::kBfloat16 ? mkor::run_passes<mkor::Bfloat16>
-                                                 : mkor::run_passes<mkor::Float16>;
-  for (int64_t first = 0; first < count && error == cudaSuccess; ++first) {
-    if (call.done[first]) continue;
-    // Launches of a stream follow each other, so each may use the scratch memory of the one before.
-    int64_t tiles, rows;
-    const bool fits = mkor::Call::tiles_of(sizes[first]) <= resident;
-    const mkor::Group group = fits ? call.take(first, 1, resident, &tiles, &rows)
-                                   : call.take(first, resident + 1, 0x7fffffff, &tiles, &rows);
-    if (group.count == 0) return cudaErrorInvalidValue;
-    error = fits ? mkor::run_resident(group, static_cast<int>(tiles), state, rule, dtype, stream)
-                 : passes(group, static_cast<int>(tiles), static_cast<int>(rows), state, rule, most_fused, device,
-                          stream);
+  for (int64_t first = 0; first < count && error == cudaSuccess; first += mkor::kMost) {
+    mkor::Group group;
+    memset(&group, 0, sizeof group);
+    group.count = static_cast<int32_t>(std::min<int64_t>(mkor::kMost, count - first));
+    int64_t tiles = 0, rows = 0, vector = 0, used = 0;
+    for (int i = 0; i < group.count; ++i) {
+      const int64_t size = sizes[first + i], blocks = (size + mkor::kTile - 1) / mkor::kTile;
+      group.factor[i] = mkor::Factor{matrices[first + i], vector, used, static_cast<int32_t>(size),
+                                     static_cast<int32_t>(blocks), static_cast<int32_t>(tiles),
+                                     static_cast<int32_t>(rows)};
+      tiles += blocks * (blocks + 1) / 2;
+      rows += blocks;
+      vector += size;
+      used += blocks * blocks * mkor::kTile;
+    }
+    if (tiles > 0x7fffffff) return cudaErrorInvalidValue;
+    const mkor::State state{vectors, largest + first, outcome + first, partial, u, q, before + first};
+    const auto run = dtype == mkor::kFloat32    ? mkor::run_group<float>
+                     : dtype == mkor::kBfloat16 ? mkor::run_group<mkor::Bfloat16>
+                                                : mkor::run_group<mkor::Float16>;
+    error = run(group, static_cast<int>(tiles), static_cast<int>(rows), state, rule, most_fused, device, stream);
+    vectors += vector;  // later groups use the same scratch memory again: launches of a stream follow each other
   }
   return error;
 }
