@@ -135,6 +135,11 @@ SEAMS: tuple[Seam, ...] = (
         "sharded tensors of techniques",
     ),
     Seam(
+        "megatron.core.models.common.language_module.language_module:fused_vocab_parallel_cross_entropy",
+        ("vocab_parallel_logits", "target", "tp_group"),
+        "the loss on GPUs",
+    ),
+    Seam(
         "megatron.core.transformer.mlp:apply_swiglu_sharded_factory",
         ("original_sh_ten", "sharded_offsets", "singleton_local_shards"),
         "sharded tensors of techniques in gated layers",

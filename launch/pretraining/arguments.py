@@ -165,7 +165,7 @@ def _add_precision(group: argparse._ArgumentGroup) -> None:
     add("--no-bias-swiglu-fusion", action="store_true", help="no compiled bias + SwiGLU (GPU)")
     add("--no-bias-dropout-fusion", action="store_true", help="no compiled bias + dropout + add (GPU)")
     add("--no-rope-fusion", action="store_true", help="the rotary embedding in several kernels (GPU)")
-    add("--no-cross-entropy-fusion", action="store_true", help="no fused cross entropy (GPU)")
+    add("--no-cross-entropy-fusion", action="store_true", help="the cross entropy in several kernels (GPU)")
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:

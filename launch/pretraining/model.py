@@ -99,6 +99,7 @@ def build_model(args: argparse.Namespace, settings: Settings, vocab_size: int, e
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
+    from megatron_patches.cross_entropy import fuse_cross_entropy
     from megatron_patches.fusions import fuse_rotary_embedding
     from megatron_patches.initialization import initialize_weights
     from megatron_patches.layer_spec import block_spec, layer_spec
@@ -107,6 +108,8 @@ def build_model(args: argparse.Namespace, settings: Settings, vocab_size: int, e
     config = transformer_config(args, settings)
     if torch.cuda.is_available() and not args.no_rope_fusion and args.position_embedding_type == "rope":
         fuse_rotary_embedding()
+    if config.cross_entropy_loss_fusion:
+        fuse_cross_entropy()
 
     def make_layer(index: int) -> Any:
         return layer_spec(efficiency, transformer_config=config, transformer_impl=args.transformer_impl)

@@ -126,6 +126,7 @@ def medians(records: list[dict[str, Any]], samples: int, length: int) -> dict[st
 def measure(model: str, passes: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one model with so many micro-batches a step."""
     case, shape = CASES[model], SHAPES[model]
+    case = dataclasses.replace(case, micro=arguments.micro_batch or case.micro)
     samples = case.micro * arguments.gpus * passes
     case = dataclasses.replace(case, arguments=f"--global-batch-size {samples}")
     measured = measured_schedule(shape, arguments.plateau, samples)
@@ -181,6 +182,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=DATA)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--passes", nargs="+", type=int, default=[1], help="micro-batches a step")
+    parser.add_argument("--micro-batch", type=int, help="samples a micro-batch and GPU; default: the case's")
     parser.add_argument("--plateau", type=int, default=12, help="steps at each length")
     parser.add_argument(
         "--interval", type=int, default=4, help="steps between log lines; divides the plateau"
