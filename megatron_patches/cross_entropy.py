@@ -46,11 +46,17 @@ def gradient(logits: Tensor, local: Tensor, most: Tensor, log_sum: Tensor, upstr
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function)
 
 
 def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor) -> Any:
-    return (_compiled(function) if logits.is_cuda else function)(logits, *others)
+    """Call with one dimension for all tokens, whose number may then change without another compilation."""
+    tokens = logits.shape[:-1]
+    call = _compiled(function) if logits.is_cuda else function
+    found = call(logits.flatten(0, -2), *(other.flatten() for other in others))
+    if isinstance(found, tuple):
+        return tuple(each.view(tokens) for each in found)
+    return found.view(logits.shape)
 
 
 class _TokenLosses(torch.autograd.Function):

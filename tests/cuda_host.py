@@ -19,12 +19,14 @@ from ds_efficient.ops.native import NativeLibrary
 SHIM = Path(__file__).resolve().parent / "cuda_on_host"
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 GUARD = 16  # elements around a result that must stay as they were
+WAIT = re.compile(r"#if .*\n.*griddepcontrol\.wait;.*\n#endif")  # of launch.h
 
 
 def build(spec: OpSpec, folder: Path) -> ctypes.CDLL:
     """The library of an op, from the sources that nvcc compiles, with launches written as calls.
 
-    Dynamic shared memory becomes a pointer. Sources are compiled side by side.
+    Dynamic shared memory becomes a pointer. The wait for the kernel before becomes a note that the thread
+    waited, which every thread of a launch that may begin early must have. Sources are compiled side by side.
 
     Args:
         spec: its CUDA row.
@@ -41,11 +43,15 @@ def build(spec: OpSpec, folder: Path) -> ctypes.CDLL:
             r"\1* const \2 = reinterpret_cast<\1*>(host::dynamic_memory());",
             text,
         )
-        found += launches
+        found += launches + text.count("launch_after<")
         made.append(folder / f"{source.stem}.cpp")
         made[-1].write_text(text)
     assert found
-    include = [f"-I{path}" for path in (SHIM, *spec.include_dirs())]
+    for header in (path / "launch.h" for path in spec.include_dirs() if (path / "launch.h").is_file()):
+        text, waits = WAIT.subn("  host::wait_for_previous();", header.read_text())
+        assert waits == 1
+        (folder / header.name).write_text(text)
+    include = [f"-I{path}" for path in (folder, SHIM, *spec.include_dirs())]
     library, objects = folder / "kernels.so", [source.with_suffix(".o") for source in made]
     command = [*toolchain.find_cxx(), "-std=c++17", "-O1", "-fPIC"]
     running = [

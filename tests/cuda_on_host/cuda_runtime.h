@@ -27,11 +27,7 @@ inline Index threadIdx, blockIdx, gridDim;
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaMemcpyDeviceToDevice = 3 };
-enum Attribute {
-  cudaDevAttrMultiProcessorCount,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor
-};
+enum Attribute { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct alignas(8) uint2 {
@@ -59,6 +55,19 @@ cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
   return bytes <= 101376 ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Compiled for an architecture whose launches may begin early, unless a test says otherwise.
+namespace host {
+inline int compiled_for = 90;
+}
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = host::compiled_for;
+  return cudaSuccess;
+}
+
 namespace host {
 
 [[noreturn]] inline void fail(const char* why) {
@@ -79,7 +88,7 @@ struct Copy {
 struct Fiber {
   ucontext_t context;
   State state = kReady;
-  bool predicate = false;
+  bool predicate = false, waited = false;
   unsigned ballot = 0, exchanges = 0;
   std::vector<Copy> open;                   // asynchronous copies of the group that is not committed
   std::deque<std::vector<Copy>> committed;  // and of those that are not waited for
@@ -95,8 +104,17 @@ inline size_t dynamic_bytes = 0;
 inline std::function<void()> kernel;
 inline ucontext_t scheduler;
 
+// Whether the launch may begin before the end of the one before, and the wait for that end.
+inline bool early = false;
+inline void wait_for_previous() { fibers[threadIdx.x].waited = true; }
+
+inline void check_wait() {
+  if (early && !fibers[threadIdx.x].waited) fail("a thread of a launch that begins early has not waited");
+}
+
 inline void run_fiber() {
   kernel();
+  check_wait();
   fibers[threadIdx.x].state = kDone;
 }
 
@@ -193,12 +211,14 @@ struct Launch {
   Kernel function;
   unsigned blocks, threads;
   size_t bytes;
+  bool begins_early = false;
 
   template <typename... Arguments>
   void operator()(Arguments... arguments) {
     if (blocks == 0) fail("launch of no blocks");
     gridDim.x = blocks;
     dynamic_bytes = bytes;
+    early = begins_early;
     kernel = [=] { function(arguments...); };
     for (unsigned block = 0; block < blocks; ++block) {
       blockIdx.x = block;
@@ -240,7 +260,13 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  host::launch(kernel, config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, config->stream)(arguments...);
+  auto launch =
+      host::launch(kernel, config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, config->stream);
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    launch.begins_early |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                           config->attrs[i].val.programmaticStreamSerializationAllowed != 0;
+  }
+  launch(arguments...);
   return cudaSuccess;
 }
 
@@ -275,6 +301,13 @@ inline int __popc(uint32_t word) { return __builtin_popcount(word); }
 
 template <typename T>
 T __ldg(const T* from) {
+  host::check_alignment(from, alignof(T));
+  host::check_wait();
+  return *from;
+}
+
+template <typename T>
+T __ldcg(const T* from) {
   host::check_alignment(from, alignof(T));
   return *from;
 }

@@ -20,6 +20,7 @@ pytestmark = [
 @pytest.fixture
 def group() -> Iterator[Any]:
     """The one rank of a group."""
+    torch._dynamo.reset()  # each test compiles anew: there is a limit to the variants of a function
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield distributed.group.WORLD
     distributed.destroy_process_group()

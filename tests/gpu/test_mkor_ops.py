@@ -122,6 +122,28 @@ def test_mixed_sizes_give_the_same_bits_every_time(dtype):
         assert torch.equal(largest, made[0][1])
 
 
+@every_dtype
+@pytest.mark.parametrize("sizes", ([40, 128, 300], [64, 1300], [72] * 100))
+def test_updates_that_begin_early_see_what_those_before_wrote(dtype, sizes):
+    factors, (gamma, threshold, zeta) = draw(sizes, dtype), RULE
+
+    def updated(apart: bool) -> list[torch.Tensor]:
+        matrices, largest = [matrix.clone() for matrix in factors.matrices], factors.largest.clone()
+        vectors = factors.vectors.clone()
+        for turn in range(20):
+            vectors.mul_(-0.9)
+            mkor.update_(
+                matrices, vectors, largest, gamma=gamma, threshold=threshold, zeta=zeta, backend="native"
+            )
+            vectors.add_(0.01 * turn)
+            if apart:
+                torch.cuda.synchronize()
+        return [*matrices, largest]
+
+    together, apart = updated(apart=False), updated(apart=True)
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
 def test_many_updates_stay_the_inverse():
     size, gamma = 300, 0.95
     mean = torch.eye(size, dtype=torch.float64, device="cuda")

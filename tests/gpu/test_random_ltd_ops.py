@@ -195,6 +195,23 @@ def test_kernels_run_on_the_current_stream():
     assert torch.equal(y, plain_scatter(x * 3, -plain_gather(x * 3, index, True), index, True))
 
 
+def test_small_launches_that_begin_early_see_what_the_kernels_before_wrote():
+    source = state(4, 512, 256, True, torch.float32)
+    x, made = torch.empty_like(source), []
+    for turn in range(60):  # every index lies where the one before was read
+        torch.mul(source, turn + 1, out=x)
+        index = ltd.sample_tokens(512, 200, 4, key=KEY.fold(turn), device="cuda")
+        part = ltd.gather_tokens(x, index, batch_first=True)
+        ltd.scatter_tokens(x, -part, index, batch_first=True, in_place=True)
+        made.append((part, x.clone()))
+        del index
+    for turn, (part, scattered) in enumerate(made):
+        index = ltd.sample_tokens(512, 200, 4, key=KEY.fold(turn)).cuda()
+        wanted = plain_gather(source * (turn + 1), index, True)
+        assert torch.equal(part, wanted)
+        assert torch.equal(scattered, plain_scatter(source * (turn + 1), -wanted, index, True))
+
+
 def test_a_layer_can_be_captured_in_a_cuda_graph():
     x = state(2, 64, 32, True, torch.bfloat16)
     index = ltd.sample_tokens(64, 20, 2, key=5, device="cuda")

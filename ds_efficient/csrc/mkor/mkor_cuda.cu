@@ -8,14 +8,18 @@
 //
 // Blocks of a launch share the tiles of all factors. For few tiles, where the time between launches counts, and for few
 // parts (d up to 1024), the update adds up the parts of M v by itself, each block those of its rows and columns, and
-// q comes from the tiles; beyond that a launch between the two does it once. Where the device can, a kernel begins
-// while the one before is ending: it finds its tile and loads its first rows, which nobody writes before the update.
+// q comes from the tiles; beyond that a launch between the two does it once.
+//
+// Where the device can, a kernel begins while the one before is ending (launch.h). products_kernel waits for all before
+// it and only then lets the next begin. So before their waits sums_kernel and update_kernel run beside kernels of the
+// same update only, and may read what none of these writes by then: M and v. Scratch memory is touched after the waits.
 #include <cuda_runtime.h>
 #include <device_atomic_functions.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "launch.h"
 #include "mkor_common.h"
 #include "mkor_cuda.h"
 
@@ -23,6 +27,7 @@ namespace ds_efficient {
 namespace mkor {
 namespace {
 
+using launches::launch_after;
 constexpr int kResident = 4;  // blocks of a multiprocessor at a time: at most 64 registers a thread
 constexpr int kFewBlocks = 8, kFewTiles = 1056;  // beyond both, adding up in every block costs more than a launch
 constexpr int kMost = 96;  // factors of a launch: the table is an argument, of which 4 KiB are allowed
@@ -96,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   constexpr int kAhead = sizeof(T) == 4 ? 8 : 4;  // steps whose loads are on their way together
   __shared__ float row_v[kTile], column_v[kTile], column_sum[S::kRows][kTile];
   __shared__ double part[S::kRows][2];
-  let_next_begin();
+  launches::wait_for_previous();
+  launches::let_next_begin();  // not before the wait: the next kernels read M and v before theirs
   const int index = factor_of(group, static_cast<int>(blockIdx.x), &Factor::first_tile);
   const Factor& factor = group.factor[index];
   const int tile = static_cast<int>(blockIdx.x) - factor.first_tile, size = factor.size;
@@ -171,13 +177,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // A block adds up kTile elements of u and what they contribute to q.
 __global__ void __launch_bounds__(kTile) sums_kernel(const Group group, const State state, const Rule rule) {
   __shared__ double part[2][kTile];
-  let_next_begin();
+  launches::let_next_begin();
   const int index = factor_of(group, static_cast<int>(blockIdx.x), &Factor::first_block);
   const Factor& factor = group.factor[index];
   const int block = static_cast<int>(blockIdx.x) - factor.first_block, thread = static_cast<int>(threadIdx.x);
   const int row = block * kTile + thread;
-  const float v = row < factor.size ? state.vectors[factor.vector + row] : 0.0f;
-  wait_for_previous();
+  const float v = row < factor.size ? fetch<true>(state.vectors + factor.vector + row) : 0.0f;
+  launches::wait_for_previous();
   const double product = product_of(factor, state, row);
   const float u = blended_product(rule, blends(rule, state.before[index]), product, v);
   state.u[static_cast<int64_t>(blockIdx.x) * kTile + thread] = u;
@@ -271,9 +277,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   T* const matrix = static_cast<T*>(factor.matrix);
   const bool vector = is_aligned<T>(factor);
   uint4 bits[kSteps];
-  load_rows<T>(matrix, first_row + mine, first_column + S::kVector * lane, size, vector, bits);
+  load_rows<T, true>(matrix, first_row + mine, first_column + S::kVector * lane, size, vector, bits);
   const int base = (thread < kTile ? first_row : first_column) + thread % kTile;
-  wait_for_previous();
+  launches::wait_for_previous();
   const float before = state.before[index];
   double u;
   if (kAdds) {
@@ -332,17 +338,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <typename T>
 cudaError_t run_group(const Group& group, int tiles, int blocks, const State& state, const Rule& rule, int most_fused,
                       int device, cudaStream_t stream) {
-  int most = 0;
-  for (int i = 0; i < group.count; ++i) most = std::max(most, static_cast<int>(group.factor[i].blocks));
+  int32_t most = 0;
+  for (int i = 0; i < group.count; ++i) most = std::max(most, group.factor[i].blocks);
   const bool fused = most <= most_fused && (most <= kFewBlocks || tiles <= kFewTiles);
-  const bool early = begins_early(device);
-  products_kernel<T><<<tiles, kThreads, 0, stream>>>(group, state, fused);
-  cudaError_t error = cudaGetLastError();
+  cudaError_t error = launch_after<products_kernel<T>>(tiles, kThreads, device, stream, group, state, fused);
   if (error != cudaSuccess) return error;
-  if (fused) return launch_after(update_kernel<T, true>, tiles, kThreads, early, stream, group, state, rule);
-  error = launch_after(sums_kernel, blocks, kTile, early, stream, group, state, rule);
-  if (error != cudaSuccess) return error;
-  return launch_after(update_kernel<T, false>, tiles, kThreads, early, stream, group, state, rule);
+  if (fused) return launch_after<update_kernel<T, true>>(tiles, kThreads, device, stream, group, state, rule);
+  error = launch_after<sums_kernel>(blocks, kTile, device, stream, group, state, rule);
+  return error ? error : launch_after<update_kernel<T, false>>(tiles, kThreads, device, stream, group, state, rule);
 }
 
 }  // namespace

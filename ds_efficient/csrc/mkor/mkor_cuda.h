@@ -1,5 +1,4 @@
-// What the CUDA kernels of MKOR share: rows of a tile in steps of 16 bytes a thread, sums of a warp, launches that
-// begin while the kernel before is still running.
+// What the CUDA kernels of MKOR share: rows of a tile in steps of 16 bytes a thread, sums of a warp.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,9 +29,24 @@ __device__ __forceinline__ void unpack(const uint4& bits, float (&x)[Share<T>::k
   for (int e = 0; e < Share<T>::kVector; ++e) x[e] = to_float(value[e]);
 }
 
+// A value in global memory; with kFromL2 not from the cache of the multiprocessor, see rule 3 in launch.h.
+template <bool kFromL2, typename T>
+__device__ __forceinline__ T fetch(const T* from) {
+  if constexpr (!kFromL2) {
+    return *from;
+  } else if constexpr (sizeof(T) == sizeof(unsigned short)) {
+    const unsigned short bits = __ldcg(reinterpret_cast<const unsigned short*>(from));
+    T value;
+    memcpy(&value, &bits, sizeof bits);
+    return value;
+  } else {
+    return __ldcg(from);
+  }
+}
+
 // Elements column .. column + kVector - 1 of the rows row, row + kRows, ... of a matrix; those outside of it are 0. One
 // branch for all rows, and no use of a number before the last load is on its way.
-template <typename T, int kSteps>
+template <typename T, bool kFromL2 = false, int kSteps>
 __device__ __forceinline__ void load_rows(const T* matrix, int row, int column, int size, bool vector,
                                           uint4 (&bits)[kSteps]) {
   constexpr int kVector = Share<T>::kVector;
@@ -43,7 +57,7 @@ __device__ __forceinline__ void load_rows(const T* matrix, int row, int column, 
     for (int r = 0; r < kSteps; ++r) {
       bits[r] = uint4{};
       if (row + r * Share<T>::kRows < size && column < size) {
-        bits[r] = *reinterpret_cast<const uint4*>(from + r * stride);
+        bits[r] = fetch<kFromL2>(reinterpret_cast<const uint4*>(from + r * stride));
       }
     }
   } else {
@@ -52,7 +66,8 @@ __device__ __forceinline__ void load_rows(const T* matrix, int row, int column, 
       T value[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        value[e] = row + r * Share<T>::kRows < size && column + e < size ? from[r * stride + e] : T{};
+        const bool inside = row + r * Share<T>::kRows < size && column + e < size;
+        value[e] = inside ? fetch<kFromL2>(from + r * stride + e) : T{};
       }
       memcpy(&bits[r], value, sizeof value);
     }
@@ -117,44 +132,6 @@ __device__ __forceinline__ float lane_sum(float value) {
     value += keyed::float_of(static_cast<int32_t>(__shfl_up_sync(0xffffffffu, mine, step)));
   }
   return value;
-}
-
-// ---- launches that begin early -------------------------------------------------------------------------------------
-
-// From here on the next kernel of the stream may begin, as soon as all blocks have come here and there is room.
-__device__ __forceinline__ void let_next_begin() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Waits for the end of the kernel before, where this one began early: what that wrote can be seen from here on.
-__device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Whether the device knows launches that begin early.
-inline bool begins_early(int device) {
-  int major = 0;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-}
-
-// Launch a kernel that calls wait_for_previous before it touches what the kernel before has to do with.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_after(void (*kernel)(Parameters...), int blocks, int threads, bool early, cudaStream_t stream,
-                         const Arguments&... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace mkor

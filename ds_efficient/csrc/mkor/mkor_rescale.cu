@@ -5,13 +5,14 @@
 //   G <- P |G| / |P|     where <G, P> > 0 and the factor is a positive finite number, else G stays.
 //
 // P may be given as what is to be subtracted from G. Memory traffic: G and what gives P are read for the sums, then
-// what gives P is read again and G written. Sums are float64 of every element, in a
-// fixed order.
+// what gives P is read again and G written. Sums are float64 of every element, in a fixed order. Where the device can,
+// each kernel begins while the one before is ending (launch.h), and touches no global memory before it has waited.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "launch.h"
 #include "mkor_common.h"
 #include "mkor_cuda.h"
 
@@ -91,7 +92,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) part_sums_kernel(const Table table, bool subtract, double* partial) {
   constexpr int kVector = Share<T>::kVector;
   __shared__ double part[3][kThreads];
-  let_next_begin();
+  launches::wait_for_previous();
+  launches::let_next_begin();
   const Tensor& tensor = tensor_of(table, static_cast<int>(blockIdx.x));
   const Range range = range_of<T>(tensor);
   const T* const gradient = static_cast<const T*>(tensor.gradient);
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const Table table, bool
   T* const gradient = static_cast<T*>(tensor.gradient);
   const T* const product = static_cast<const T*>(tensor.product);
   const int thread = static_cast<int>(threadIdx.x);
-  wait_for_previous();
+  launches::wait_for_previous();
   double mine[3] = {};
   for (int i = thread; i < tensor.layer_parts; i += kThreads) {
 #pragma unroll
@@ -180,11 +182,10 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const Table table, bool
 template <typename T>
 cudaError_t run_table(const Table& table, int parts, bool subtract, double* partial, double* sums, int device,
                       cudaStream_t stream) {
-  part_sums_kernel<T><<<parts, kThreads, 0, stream>>>(table, subtract, partial);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error =
+      launches::launch_after<part_sums_kernel<T>>(parts, kThreads, device, stream, table, subtract, partial);
   if (error != cudaSuccess) return error;
-  return launch_after(apply_kernel<T>, parts, kThreads, begins_early(device), stream, table, subtract,
-                      static_cast<const double*>(partial), sums);
+  return launches::launch_after<apply_kernel<T>>(parts, kThreads, device, stream, table, subtract, partial, sums);
 }
 
 }  // namespace

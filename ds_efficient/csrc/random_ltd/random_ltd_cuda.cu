@@ -4,17 +4,23 @@
 // A hidden state is batch x length rows of `row` bytes that lie anywhere (Rows); index (batch, keep) names the kept
 // positions of each sample, ascending. Rows are copied in the widest words that all addresses allow, 16 bytes as a
 // rule. An index that does not ascend within [0, length) stops the kernel, as torch's own gathers do.
+//
+// A kernel takes some tens of microseconds, of which its start is a good part. So each is brought to the device while
+// the one before, whatever that is, still runs (launch.h), and waits for it before anything else: indices may be the
+// work of the kernel before, and a result may lie where it reads. Hence no __ldg, which could move ahead of the wait.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "keyed_choice_cuda.h"
+#include "launch.h"
 
 #define DS_EFFICIENT_RANDOM_LTD_VERSION 1
 
 namespace {
 
 namespace keyed = ds_efficient::keyed;
+namespace launches = ds_efficient::launches;
 
 // ---- copies of rows --------------------------------------------------------------------------------------------
 
@@ -106,7 +112,7 @@ struct Words {
 
 // Position of a slot; stops where it is not one, or not behind that of the slot before.
 __device__ __forceinline__ int64_t checked_position(const int64_t* index, uint32_t slot, int64_t length) {
-  const int64_t position = __ldg(index + slot), before = slot ? __ldg(index + slot - 1) : -1;
+  const int64_t position = index[slot], before = slot ? index[slot - 1] : -1;
   if (position < 0 || position >= length || position <= before) __trap();
   return position;
 }
@@ -116,6 +122,7 @@ __device__ __forceinline__ int64_t checked_position(const int64_t* index, uint32
 template <typename T, bool kPut>
 __global__ void __launch_bounds__(kThreads)
     kept_kernel(const Rows all, const Rows part, const Kept kept, const Share<kKeptAhead> share, const Grid grid) {
+  launches::wait_for_previous();
   const uint32_t sample = grid.sample();
   const uint32_t task = grid.part() * kWarps + threadIdx.x / 32;
   const uint32_t slot = share.row(task);
@@ -137,7 +144,7 @@ __device__ __forceinline__ uint32_t first_slot_from(const int64_t* index, uint32
   uint32_t low = 0, count = keep;
   while (count > 0) {
     const uint32_t step = count / 33 + 1, slot = threadIdx.x % 32 * step + step - 1;
-    const bool below = slot < count && __ldg(index + low + slot) < start;
+    const bool below = slot < count && index[low + slot] < start;
     const uint32_t passed = static_cast<uint32_t>(__popc(__ballot_sync(0xffffffffu, below)));
     low += passed * step;
     const uint32_t left = count - passed * step;
@@ -158,7 +165,7 @@ __device__ __forceinline__ void find_slots(const int64_t* index, const Kept& kep
   __syncthreads();
   const uint32_t slot = *first + threadIdx.x;
   if (threadIdx.x < size && slot < keep) {
-    const int64_t offset = __ldg(index + slot) - start;
+    const int64_t offset = index[slot] - start;
     if (offset >= 0 && offset < size) slots[offset] = slot;
   }
   __syncthreads();
@@ -172,6 +179,7 @@ __global__ void __launch_bounds__(kThreads)
                 uint32_t size, const Grid grid) {
   __shared__ uint32_t slots[kMostTile];
   __shared__ uint32_t first_slot;
+  launches::wait_for_previous();
   const uint32_t sample = grid.sample(), tile = grid.part();
   const int64_t* const index = kept.index + sample * kept.keep;
   const int64_t start = int64_t{tile} * size, left = kept.length - start;
@@ -224,29 +232,30 @@ template <typename Start>
 cudaError_t start_blocks(int64_t parts, const Kept& kept, const Rows& rows, Start start) {
   if (parts * kept.batch > kMostBlocks) return cudaErrorInvalidConfiguration;
   const Grid grid{static_cast<uint32_t>(parts), static_cast<uint32_t>(kept.batch), rows.sample < rows.position};
-  start(static_cast<unsigned>(parts * kept.batch), grid);
-  return cudaGetLastError();
+  return start(parts * kept.batch, grid);
 }
 
 template <typename T, bool kPut>
-cudaError_t copy_kept(const Rows& all, const Rows& part, const Kept& kept, int64_t words, cudaStream_t stream) {
+cudaError_t copy_kept(const Rows& all, const Rows& part, const Kept& kept, int64_t words, int device,
+                      cudaStream_t stream) {
   const Share<kKeptAhead> share(words);
   const int64_t rows_at_once = 32 >> share.shift;
   const int64_t tasks = (kept.keep + rows_at_once - 1) / rows_at_once * share.segments;
-  return start_blocks((tasks + kWarps - 1) / kWarps, kept, all, [&](unsigned blocks, const Grid& grid) {
-    kept_kernel<T, kPut><<<blocks, kThreads, 0, stream>>>(all, part, kept, share, grid);
+  return start_blocks((tasks + kWarps - 1) / kWarps, kept, all, [&](int64_t blocks, const Grid& grid) {
+    return launches::launch_after<kept_kernel<T, kPut>>(blocks, kThreads, device, stream, all, part, kept, share, grid);
   });
 }
 
 template <typename T, bool kSplit>
 cudaError_t copy_tiles(const Rows& rest, const Rows& part, const Rows& out, const Kept& kept, int64_t words,
-                       cudaStream_t stream) {
+                       int device, cudaStream_t stream) {
   const Share<kTileAhead> share(words);
   const int64_t row = words * static_cast<int64_t>(sizeof(T));
   uint32_t size = kLeastTile;
   while (size < kMostTile && 2 * size * row <= kTileBytes) size *= 2;
-  return start_blocks((kept.length + size - 1) / size, kept, out, [&](unsigned blocks, const Grid& grid) {
-    tile_kernel<T, kSplit><<<blocks, kThreads, 0, stream>>>(rest, part, out, kept, share, size, grid);
+  return start_blocks((kept.length + size - 1) / size, kept, out, [&](int64_t blocks, const Grid& grid) {
+    return launches::launch_after<tile_kernel<T, kSplit>>(blocks, kThreads, device, stream, rest, part, out, kept,
+                                                          share, size, grid);
   });
 }
 
@@ -279,6 +288,7 @@ struct Keys {
 __global__ void __launch_bounds__(keyed::kRowThreads)
     sample_kernel(const Keys keys, int64_t batch, int64_t rows, uint32_t n, uint32_t k, int64_t* __restrict__ out) {
   __shared__ keyed::RowShared shared;
+  launches::wait_for_previous();
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const int64_t layer = r / batch;
     keyed::choose_row(keys.key[layer], static_cast<uint64_t>(r - layer * batch), n, k, out + r * k, shared);
@@ -305,9 +315,9 @@ int ds_efficient_ltd_sample(const uint64_t* keys, int64_t layers, int64_t batch,
     Keys some{};
     for (int64_t i = 0; i < count; ++i) some.key[i] = keys[first + i];
     const int64_t blocks = rows < (1 << 20) ? rows : (1 << 20);
-    sample_kernel<<<static_cast<unsigned>(blocks), keyed::kRowThreads, 0, stream>>>(
-        some, batch, rows, static_cast<uint32_t>(length), static_cast<uint32_t>(keep), out + first * batch * keep);
-    const cudaError_t launched = cudaGetLastError();
+    const cudaError_t launched = launches::launch_after<sample_kernel>(
+        blocks, keyed::kRowThreads, device, stream, some, batch, rows, static_cast<uint32_t>(length),
+        static_cast<uint32_t>(keep), out + first * batch * keep);
     if (launched != cudaSuccess) return launched;
   }
   return cudaSuccess;
@@ -321,7 +331,7 @@ int ds_efficient_ltd_gather(const int64_t* index, int64_t batch, int64_t length,
   const Rows few{static_cast<char*>(part), part_sample, part_position};
   const Kept kept{index, batch, length, keep};
   return with_words(bits_of_address(all) | bits_of_address(few), row, device, [&](auto word, int64_t words) {
-    return copy_kept<decltype(word), false>(all, few, kept, words, stream);
+    return copy_kept<decltype(word), false>(all, few, kept, words, device, stream);
   });
 }
 
@@ -333,7 +343,7 @@ int ds_efficient_ltd_put(const int64_t* index, int64_t batch, int64_t length, in
   const Rows few{static_cast<char*>(part), part_sample, part_position};
   const Kept kept{index, batch, length, keep};
   return with_words(bits_of_address(all) | bits_of_address(few), row, device, [&](auto word, int64_t words) {
-    return copy_kept<decltype(word), true>(all, few, kept, words, stream);
+    return copy_kept<decltype(word), true>(all, few, kept, words, device, stream);
   });
 }
 
@@ -348,7 +358,7 @@ int ds_efficient_ltd_scatter(const int64_t* index, int64_t batch, int64_t length
   const Kept kept{index, batch, length, keep};
   const uint64_t bits = bits_of_address(all) | bits_of_address(few) | bits_of_address(made);
   return with_words(bits, row, device, [&](auto word, int64_t words) {
-    return copy_tiles<decltype(word), false>(all, few, made, kept, words, stream);
+    return copy_tiles<decltype(word), false>(all, few, made, kept, words, device, stream);
   });
 }
 
@@ -362,7 +372,7 @@ int ds_efficient_ltd_split(const int64_t* index, int64_t batch, int64_t length, 
   const Kept kept{index, batch, length, keep};
   const uint64_t bits = bits_of_address(all) | bits_of_address(few) | bits_of_address(made);
   return with_words(bits, row, device, [&](auto word, int64_t words) {
-    return copy_tiles<decltype(word), true>(all, few, made, kept, words, stream);
+    return copy_tiles<decltype(word), true>(all, few, made, kept, words, device, stream);
   });
 }
 
