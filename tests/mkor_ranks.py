@@ -11,6 +11,7 @@ import torch.distributed as dist
 from engine_steps import parameter_dtype, step_over
 from rank_pool import run_script
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_efficient
 from ds_efficient.core import deepspeed_compat as compat
@@ -198,17 +199,67 @@ def second_moments(vectors: int, steps: int) -> dict[str, list[list[float]]]:
     found: dict[str, Tensor] = {}
     update = bank.update
 
-    def note(given: dict[str, dict[str, Tensor]]) -> None:
+    def note(given: dict[str, dict[str, list[Tensor]]], good: Tensor | None) -> None:
         for name, pair in given.items():
-            for side, rows in pair.items():
+            for side, pieces in pair.items():
+                rows = torch.cat(pieces, -1)
                 outer = rows.T @ rows / (vectors * steps)
                 found[f"{name} {side}"] = found.get(f"{name} {side}", 0.0) + outer
-        update(given)
+        update(given, good)
 
     with mock.patch.object(bank, "update", note):
         for _ in range(steps):
             step(engine, 0)
     return {name: value.tolist() for name, value in found.items()}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses calls that on a GPU make the host wait: for a number, a size, or memory that is copied."""
+
+    REFUSED = ("_local_scalar_dense", "lift_fresh", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.REFUSED, f"{func} in a step"
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def steps_without_waiting(cases: list[dict[str, Any]]) -> list[dict[bool, int]]:
+    """Return the calls of MKOR's part of a step, by whether it updates, after the first one."""
+    found: list[dict[bool, int]] = []
+    for case in cases:
+        engine = build(1, mkor={**case, "warmup_steps": 0, "inversion_interval": 2})
+        technique, calls = engine.ds_efficient.techniques[-1], {}
+
+        def watched(
+            original: Any,
+            also: bool,
+            technique: Any = technique,
+            calls: dict[bool, int] = calls,
+            engine: Any = engine,
+        ) -> Any:
+            def run(context: Any) -> Any:
+                updates = technique._updated
+                if not engine.global_steps or (updates and not also):
+                    return original(context)  # the first step finds out what lies where
+                with NoWaiting() as mode, mock.patch.object(Tensor, "tolist", side_effect=AssertionError):
+                    result = original(context)
+                calls[updates] = calls.get(updates, 0) + mode.calls
+                return result
+
+            return run
+
+        # an update's numbers are read once it is done, after the optimizer's step
+        technique.before_step = watched(technique.before_step, also=True)
+        technique.on_step = watched(technique.on_step, also=False)
+        for number in range(3):
+            step(engine, number)
+        found.append(calls)
+    return found
 
 
 def run_script_with_equal_signs(argv: list[str]) -> int:

@@ -15,10 +15,9 @@ As in `ds_efficient.core.deepspeed_compat` everything is found on the engine at 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ _PARTITIONED = (
 _SLICED = ("fp16_groups", "averaged_gradients", "_get_param_partition_rank")
 
 
-@dataclass(frozen=True)
-class GradientSlice:
+class GradientSlice(NamedTuple):
     """The elements of one parameter's averaged gradient on this rank.
 
     Attributes:
@@ -83,6 +81,7 @@ class AveragedGradients:
             )
         # By group: the whole gradients of its parameters here, and the cut that was put off.
         self._uncut: dict[int, tuple[list[Tensor], Callable[[], Any]]] = {}
+        self._places: dict[int, list[tuple[int, int, int]]] = {}  # by group, `_place`
         if self.stage in (1, 2) and _is_muon(optimizer):
             self._put_off_muon(asker)
 
@@ -131,22 +130,44 @@ class AveragedGradients:
             return kept
         return next((one.dtype for one in self._engine.module.parameters()), torch.float32)
 
-    def slices(self) -> dict[int, GradientSlice]:
+    def slices(self, wanted: Container[int] | None = None) -> dict[int, GradientSlice]:
         """Return what this rank holds, by ``id(parameter)``; parameters without any elements here lack.
 
         Valid until the optimizer step. Without ZeRO a parameter that had no gradient lacks too.
+
+        Args:
+            wanted: the parameters, by ``id``; None for all.
         """
         find = {0: self._whole, 1: self._partitions, 2: self._partitions, 3: self._slices_of_each}
-        return dict(find[self.stage]())
+        return dict(find[self.stage](_Every() if wanted is None else wanted))
 
-    def _whole(self) -> Iterator[tuple[int, GradientSlice]]:
+    def _whole(self, wanted: Container[int]) -> Iterator[tuple[int, GradientSlice]]:
         for parameter in self._engine.module.parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and id(parameter) in wanted:
                 if not parameter.grad.is_contiguous():
                     parameter.grad = parameter.grad.contiguous()
-                yield id(parameter), GradientSlice(0, parameter.grad.detach().view(-1))
+                yield id(parameter), GradientSlice(0, _flat(parameter.grad))
 
-    def _partitions(self) -> Iterator[tuple[int, GradientSlice]]:
+    def _place(self, group: int, parameters: Sequence[Any]) -> list[tuple[int, int, int]]:
+        """Return ``id``, first element and elements of the parameters with elements in this partition.
+
+        Found once: a partition stays as it is made.
+        """
+        if group not in self._places:
+            optimizer = self._engine.optimizer
+            place = torch.distributed.get_rank(group=optimizer.real_dp_process_group[group])
+            starts = optimizer.grad_start_offset[group][place]
+            begins = optimizer.grad_partition_insertion_offset[group][place]
+            room = int(optimizer.partition_size[group])
+            found = []
+            for parameter in parameters:
+                key = optimizer.get_param_id(parameter)
+                start = int(starts[key])
+                found.append((id(parameter), start, min(parameter.numel() - start, room - int(begins[key]))))
+            self._places[group] = [one for one in found if one[2] > 0]
+        return self._places[group]
+
+    def _partitions(self, wanted: Container[int]) -> Iterator[tuple[int, GradientSlice]]:
         optimizer = self._engine.optimizer
         for group, parameters in enumerate(optimizer.params_in_partition):
             held = optimizer.averaged_gradients.get(group)
@@ -154,19 +175,14 @@ class AveragedGradients:
                 continue
             if group in self._uncut:
                 for parameter, gradient in zip(parameters, self._uncut[group][0], strict=True):
-                    yield id(parameter), GradientSlice(0, gradient.detach().view(-1))
+                    if id(parameter) in wanted:
+                        yield id(parameter), GradientSlice(0, _flat(gradient))
                 continue
-            place = torch.distributed.get_rank(group=optimizer.real_dp_process_group[group])
-            starts = optimizer.grad_start_offset[group][place]
-            begins = optimizer.grad_partition_insertion_offset[group][place]
-            room = int(optimizer.partition_size[group])
             real = (i for i, gradient in enumerate(held) if not getattr(gradient, "_zero_padding", False))
-            for parameter in parameters:
-                key = optimizer.get_param_id(parameter)
-                count = min(parameter.numel() - int(starts[key]), room - int(begins[key]))
-                if count <= 0:
-                    continue
+            for name, start, count in self._place(group, parameters):
                 number = next(real)
+                if name not in wanted:
+                    continue
                 if held[number].numel() != count:
                     raise UnsupportedVersion(
                         f"ZeRO's partition holds {held[number].numel()} elements of a parameter, not "
@@ -174,19 +190,34 @@ class AveragedGradients:
                     )
                 if not held[number].is_contiguous():
                     held[number] = held[number].contiguous()
-                yield id(parameter), GradientSlice(int(starts[key]), held[number].detach().view(-1))
+                yield name, GradientSlice(start, _flat(held[number]))
 
-    def _slices_of_each(self) -> Iterator[tuple[int, GradientSlice]]:
+    def _slices_of_each(self, wanted: Container[int]) -> Iterator[tuple[int, GradientSlice]]:
         optimizer = self._engine.optimizer
         for group, parameters in enumerate(optimizer.fp16_groups):
             held = optimizer.averaged_gradients.get(group)
             if held is None:
                 continue
             for parameter, gradient in zip(parameters, held, strict=True):
+                if id(parameter) not in wanted:
+                    continue
                 start = optimizer._get_param_partition_rank(parameter) * gradient.numel()
                 count = min(gradient.numel(), int(parameter.ds_numel) - start)
                 if count > 0:
-                    yield id(parameter), GradientSlice(start, gradient.detach().view(-1)[:count])
+                    yield id(parameter), GradientSlice(start, _flat(gradient)[:count])
+
+
+class _Every:
+    """Contains everything."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    """Return a view (elements,) that autograd does not watch; no call where it is one."""
+    gradient = gradient.detach() if gradient.requires_grad else gradient
+    return gradient if gradient.dim() == 1 else gradient.view(-1)
 
 
 def _is_muon(optimizer: Any) -> bool:

@@ -74,6 +74,14 @@ class FactorBank:
         self._numbers = {name: number * len(self.sides) for number, name in enumerate(sizes)}
         every = [{"left": rows, "right": columns} for rows, columns in sizes.values()]
         self._sizes = [pair[side] for pair in every for side in self.sides]
+        # each size's factors, on the host and on the device, and the block of each entry of all vectors
+        alike: dict[int, list[int]] = {}
+        for number, size in enumerate(self._sizes):
+            alike.setdefault(size, []).append(number)
+        self._alike = [(numbers, torch.tensor(numbers, device=device)) for numbers in alike.values()]
+        spans = [sum(pair[side] for side in self.sides) for pair in every]
+        blocks = torch.arange(len(spans), dtype=torch.int32)
+        self._block_of = blocks.repeat_interleave(torch.tensor(spans, dtype=torch.int64)).to(device)
         self._matrices: list[Tensor] = []
         self._factored: FactoredFactors | None = None
         if form == "factored":
@@ -99,21 +107,29 @@ class FactorBank:
         return sum(matrix.nbytes for matrix in self._matrices)
 
     @torch.no_grad()
-    def update(self, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def update(
+        self, vectors: Mapping[str, Mapping[str, Tensor | Sequence[Tensor]]], good: Tensor | None = None
+    ) -> None:
         """Stabilise all factors and take vectors in.
 
         Args:
             vectors: of every block by name and side, fp32, (size,), or (r, size) of an update by r of them
-                (`ds_efficient.mkor.inverse.vector_weights`). Where one of a block's is not finite, both its
-                factors stay.
+                (`ds_efficient.mkor.inverse.vector_weights`); or pieces of that, to be joined along the size.
+                Where one of a block's is not finite, both its factors stay.
+            good: a number that all of them are multiplied by, 1 or NaN, on the device.
         """
         if not self._sizes:
             return
-        parts = [part for name in self._numbers for part in self._checked(vectors[name])]
-        each, weights = vector_weights(self._gamma, len(parts[0]))
+        parts: list[Tensor] = []
+        for name in self._numbers:
+            for side in self.sides:
+                given = vectors[name][side]
+                parts += [given] if isinstance(given, Tensor) else given
+        joined = torch.atleast_2d(torch.cat(parts, -1).float())
+        checked = self._checked(joined if good is None else joined * good)
+        each, weights = vector_weights(self._gamma, len(checked))
         outcomes = []
-        for number, weight in enumerate(weights):
-            flat = torch.cat([part[number] for part in parts])
+        for number, (flat, weight) in enumerate(zip(checked, weights, strict=True)):
             # blended once an update: the growth that a blend outweighs is that by 1 / gamma
             threshold = self._threshold if number == 0 else math.inf
             outcomes.append(self._take_in(flat if weight == 1 else flat * weight, each, threshold))
@@ -131,19 +147,21 @@ class FactorBank:
             self._matrices, flat, self._largest, gamma=gamma, threshold=threshold, zeta=self._zeta
         )
 
-    def _checked(self, pair: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the vectors in use, (r, size) each, all NaN where one of them is not finite."""
-        used = [torch.atleast_2d(pair[side].float()) for side in self.sides]
-        good = torch.stack([vector.isfinite().all() for vector in used]).all()
-        return [torch.where(good, vector, math.nan) for vector in used]
+    def _checked(self, vectors: Tensor) -> Tensor:
+        """Return (r, sum of all sizes), all NaN for a block where one of its entries is not finite."""
+        finite = torch.empty(len(self._sizes), dtype=torch.bool, device=self._device)
+        parts = vectors.split(self._sizes, 1)
+        for numbers, places in self._alike:
+            same = torch.stack([parts[number] for number in numbers])
+            finite.index_copy_(0, places, same.isfinite().flatten(1).all(1))
+        good = finite.view(-1, len(self.sides)).all(1)
+        return torch.where(good.index_select(0, self._block_of), vectors, math.nan)
 
     def _factor(self, name: str, side: str) -> Tensor | LowRank | None:
         if side not in self.sides:
             return None
         number = self._numbers[name] + self.sides.index(side)
-        if self._factored is not None:
-            return LowRank(self._factored.operand(number))
-        return self._matrices[number]
+        return self._matrices[number] if self._factored is None else LowRank(self._factored.operand(number))
 
     def precondition(self, names: Sequence[str], gradients: Sequence[Gradient]) -> Tensor:
         """Precondition the gradients of some blocks in place.

@@ -138,6 +138,11 @@ class Block:
         return self.weights + self.biases
 
     @property
+    def as_stored(self) -> bool:
+        """Whether the matrix is a view of its one piece, so that what is written to it is in the piece."""
+        return len(self.weights) == 1 and not self.layer.transposed and self.layer.compact is None
+
+    @property
     def width(self) -> int:
         """Columns with the bias's."""
         return self.columns + self.bias

@@ -1,15 +1,6 @@
-"""What MKOR's ranks send each other: rank-1 vectors before an update, gradients to their owners and back.
+"""What MKOR's ranks send each other: gradients to their owners and back; for vectors see `mkor.vectors`.
 
 Everything is one ``all_to_all`` at a time, in which each rank sends each other rank just what that one needs.
-Vectors go to the owners of their factors once an update, all layers in one exchange: for each layer the
-rank's own mean of the input rows, as `comm_dtype` and scaled to a largest entry of 1, with the number of rows
-and the scale in fp32. The owner weighs them by rows in fp32, so that a half type rounds each once. The
-gradient of the outputs goes the same way for layers without a bias only: where there is one, its averaged
-gradient is that vector, and reaches the owner with the rest of the gradient.
-
-With a statistics rank of r above 1 a packet has r vectors, sums of rows with random signs, and the sums of
-those signs in its header, fp32; ranks' sums add up, as their signs are independent. Output gradients then go
-this way for all layers.
 """
 
 from __future__ import annotations
@@ -22,12 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_efficient.mkor.blocks import Block, Place, Segment
-from ds_efficient.mkor.sums import LayerSums
-
-
-def _header(vectors: int) -> int:
-    """Return the numbers in a header: rows, scale, and with several vectors the sums of their signs."""
-    return 2 + (vectors if vectors > 1 else 0)
 
 
 class Plane:
@@ -165,7 +150,9 @@ def _elements(
     local: Mapping[int, tuple[int, Tensor]], parameter: Any, start: int, end: int, dtype: torch.dtype
 ) -> Tensor:
     first, values = local[id(parameter)]
-    return values[start - first : end - first].to(dtype)
+    if start != first or end - start != values.shape[0]:
+        values = values[start - first : end - first]
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def hand_back(
@@ -185,7 +172,7 @@ def hand_back(
         for block in blocks:
             for piece, result in zip(block.pieces, results[block.index], strict=True):
                 values = local[id(piece.parameter)][1]
-                if result.data_ptr() != values.data_ptr():  # else it was done in place
+                if result is not values and result.data_ptr() != values.data_ptr():  # else done in place
                     values.copy_(result)
         return
     parts: list[list[Tensor]] = [[] for _ in range(plane.size)]
@@ -221,147 +208,3 @@ def locate(plane: Plane, blocks: Sequence[Block], local: Mapping[int, tuple[int,
     for number, (block, piece) in enumerate(pieces):
         held = [Segment(rank, *rows[number]) for rank, rows in enumerate(table) if rows[number][1]]
         piece.locate(held, block.owner, plane.places)
-
-
-def vector_ranks(block: Block, places: Sequence[Place], side: str, shard: int) -> list[int]:
-    """Return the ranks whose sums make one shard of a block's vector.
-
-    Args:
-        block: the block.
-        places: of the plane's ranks.
-        side: "right" for the inputs, "left" for the output gradients.
-        shard: of the vector, where the block's is made of several; 0 where it is not.
-    """
-    layer = block.layer
-    if layer.cut == ("in" if side == "right" else "out"):
-        own = block.shard if block.shard is not None else shard
-        return [rank for rank, (_, tensor) in enumerate(places) if tensor == own]
-    if layer.sequence_parallel:
-        return list(range(len(places)))
-    own = places[block.owner][1]  # the same on every tensor-parallel rank
-    return [rank for rank, (_, tensor) in enumerate(places) if tensor == own]
-
-
-def vector_shards(block: Block, side: str) -> int:
-    """Return of how many shards a block's vector is made."""
-    cut = block.layer.cut == ("in" if side == "right" else "out")
-    return len(block.weights) if cut else 1
-
-
-def exchange_vectors(
-    plane: Plane,
-    blocks: Sequence[Block],
-    sums: Mapping[str, LayerSums],
-    sides: Sequence[str],
-    dtype: torch.dtype,
-    replicas: int,
-    vectors: int = 1,
-) -> dict[int, dict[str, list[Tensor]]]:
-    """Bring the rank-1 vectors of all blocks to their owners, in one exchange.
-
-    Args:
-        plane: the ranks.
-        blocks: all of them.
-        sums: of this rank's layers, by name.
-        sides: factors in use.
-        dtype: to send the vectors in.
-        replicas: data-parallel ranks, over which output gradients are averaged.
-        vectors: r, of each block and side.
-
-    Returns:
-        On an owner by block: ``"right"``, the mean input row, and for layers without a bias ``"left"``, the
-        output gradient, still with the loss scale; each as its shards. fp32. NaN where no row was seen.
-        With several vectors (r, size) each, ``"left"`` for all layers, and ``"ones"``, the (r, 1) that a
-        column of ones makes of the inputs.
-    """
-    # the averaged bias gradient, where there is one, is the output vector, if there is but one
-    wanted = [
-        (block, side)
-        for block in blocks
-        for side in sides
-        if side == "right" or vectors > 1 or not block.bias
-    ]
-    packets: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(plane.size)]
-    for block, side in wanted:
-        for shard in range(vector_shards(block, side)):
-            if plane.rank in vector_ranks(block, plane.places, side, shard):
-                packets[block.owner].append(sums[block.layer.name].packet(side, dtype))
-    sizes = _expected(plane, wanted, vectors)
-    even = 4 // dtype.itemsize  # headers are read as fp32, so packets end at multiples of 4 bytes
-    parts = [_packed(group, dtype, even) for group in packets]
-    counts = [
-        4 * _header(vectors) * len(one) + (-(-sum(one) // even) * even) * dtype.itemsize if one else 0
-        for one in sizes
-    ]
-    received = plane.swap(parts, counts, torch.uint8)
-    readers = [
-        _Reader(data, one, dtype, _header(vectors)) if one else None
-        for data, one in zip(received, sizes, strict=True)
-    ]
-    found: dict[int, dict[str, list[Tensor]]] = {}
-    for block, side in wanted:
-        if block.owner != plane.rank:
-            continue
-        shards = []
-        for shard in range(vector_shards(block, side)):
-            total = heads = None
-            for rank in vector_ranks(block, plane.places, side, shard):
-                reader = readers[rank]
-                assert reader is not None
-                head, values = reader.next()
-                total = values if total is None else total + values
-                heads = head if heads is None else heads + head
-            assert total is not None and heads is not None
-            count, ones = heads[0], heads[2:, None]
-            if vectors == 1:
-                shards.append(total / (count if side == "right" else replicas))
-                continue
-            scale = count.rsqrt() if side == "right" else count.sqrt() / replicas
-            shards.append(total.view(vectors, -1) * scale)
-            if side == "right":  # every shard of the inputs has the same rows and signs
-                found.setdefault(block.index, {})["ones"] = [ones * scale]
-        found.setdefault(block.index, {})[side] = shards
-    return found
-
-
-def _expected(plane: Plane, wanted: Sequence[tuple[Block, str]], vectors: int) -> list[list[int]]:
-    """Return the lengths of the packets that each rank sends here, in order."""
-    sizes: list[list[int]] = [[] for _ in range(plane.size)]
-    for block, side in wanted:
-        if block.owner == plane.rank:
-            shards = vector_shards(block, side)
-            length = vectors * (block.columns if side == "right" else block.rows) // shards
-            for shard in range(shards):
-                for rank in vector_ranks(block, plane.places, side, shard):
-                    sizes[rank].append(length)
-    return sizes
-
-
-def _packed(group: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, even: int) -> list[Tensor]:
-    """Return headers and vectors for one rank as bytes."""
-    if not group:
-        return []
-    headers = torch.stack([header for header, _ in group])
-    values = torch.cat([values for _, values in group])
-    missing = -values.numel() % even
-    if missing:
-        values = torch.cat([values, values.new_zeros(missing)])
-    return [headers.view(torch.uint8).view(-1), values.view(torch.uint8)]
-
-
-class _Reader:
-    """Reads one rank's packets in order."""
-
-    def __init__(self, data: Tensor, sizes: Sequence[int], dtype: torch.dtype, header: int) -> None:
-        split = 4 * header * len(sizes)
-        self._headers = data[:split].clone().view(torch.float32).view(-1, header)
-        values = data[split:].clone().view(dtype).float()
-        self._values = values[: sum(sizes)].split(list(sizes))
-        self._at = 0
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Return the header, its first number the weight, and the vectors times their scale, flat."""
-        head = self._headers[self._at]
-        values = self._values[self._at] * head[1]
-        self._at += 1
-        return head, values

@@ -14,8 +14,9 @@ from ds_efficient.core.compact_weight import CompactWeight
 from ds_efficient.core.deepspeed_gradients import AveragedGradients
 from ds_efficient.mkor.bank import FactorBank
 from ds_efficient.mkor.blocks import Block, assemble, in_rows, take_apart
-from ds_efficient.mkor.exchange import Plane, collect, exchange_vectors, hand_back, locate
+from ds_efficient.mkor.exchange import Plane, collect, hand_back, locate
 from ds_efficient.mkor.sums import LayerSums
+from ds_efficient.mkor.vectors import exchange_vectors, wanted_vectors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,29 +56,26 @@ class Owners:
         self._gradients, self._sums = gradients, sums
         self._comm_dtype, self._rank = comm_dtype, vectors
         self._dtype: torch.dtype | None = None  # of the gradients
+        pieces = [piece for block in blocks for piece in block.pieces]
+        self._parameters = {id(one.parameter): one.parameter for one in pieces if one.parameter is not None}
+        self._wanted = wanted_vectors(plane, blocks, bank.sides, vectors)
+        self._one = torch.ones(1, device=plane.device)  # what a bias adds to the mean input row
         self._mine = [block for block in blocks if block.owner == plane.rank]
-        self._sums_now: dict[str, Tensor] = {}
+        # of the latest step: blocks, and (blocks, 3) as the bank returns them
+        self._sums_now: list[tuple[list[str], Tensor]] = []
 
     @property
     def owned(self) -> int:
         """Number of this rank's blocks."""
         return len(self._mine)
 
-    def _local(self) -> tuple[dict[int, tuple[int, Tensor]], list[Tensor]]:
-        """Return this rank's elements of the blocks' gradients, and those of all gradients."""
-        slices = self._gradients.slices()
-        local: dict[int, tuple[int, Tensor]] = {}
-        for block in self._blocks:
-            for piece in block.pieces:
-                parameter = piece.parameter
-                if parameter is None:
-                    continue
-                found = slices.get(id(parameter))
-                if found is not None:
-                    local[id(parameter)] = (found.start, found.values)
-                elif not self._gradients.stage:  # the loss did not depend on it
-                    local[id(parameter)] = (0, torch.zeros_like(parameter).detach().view(-1))
-        return local, [one.values for one in slices.values()]
+    def _local(self) -> dict[int, tuple[int, Tensor]]:
+        """Return this rank's elements of the blocks' gradients, their start and their values."""
+        local: dict[int, tuple[int, Tensor]] = dict(self._gradients.slices(self._parameters))
+        if not self._gradients.stage:
+            for number in self._parameters.keys() - local.keys():  # the loss did not depend on it
+                local[number] = (0, torch.zeros_like(self._parameters[number]).detach().view(-1))
+        return local
 
     def _locate(self, local: Mapping[int, tuple[int, Tensor]]) -> torch.dtype:
         """Find out, once, who holds what in which type."""
@@ -98,37 +96,35 @@ class Owners:
             loss_scale: of fp16, else None.
             replicas: data-parallel ranks.
         """
-        local, every = self._local()
+        local = self._local()
         if self._dtype is None:
             self._dtype = self._locate(local)
         if update:
-            good = None if loss_scale is None else self._all_finite(every)
+            good = None if loss_scale is None else self._all_finite()
             self._complete_sums()
             before = self.plane.sent
             vectors = exchange_vectors(
-                self.plane, self._blocks, self._sums, self.bank.sides, self._comm_dtype, replicas, self._rank
+                self.plane, self._wanted, self._sums, self._comm_dtype, replicas, self._rank
             )
             self.vector_bytes += self.plane.sent - before
-            biases: dict[int, list[Tensor]] = {}
-            if "left" in self.bank.sides and self._rank == 1:
-                biases = collect(self.plane, self._blocks, local, self._dtype, biases_only=True)
-            self.bank.update(
-                {
-                    block.name: self._vectors(
-                        block, vectors.get(block.index, {}), biases.get(block.index, []), loss_scale, good
-                    )
-                    for block in self._mine
-                }
-            )
-        self._sums_now = {}
+            biases = self._biases(local) if "left" in self.bank.sides and self._rank == 1 else {}
+            taken = {
+                block.name: self._vectors(
+                    block, vectors.get(block.index, {}), biases.get(block.index, []), loss_scale
+                )
+                for block in self._mine
+            }
+            self.bank.update(taken, good)
+        self._sums_now = []
         for blocks in self._rounds:
             pieces = collect(self.plane, blocks, local, self._dtype)
             results = self._apply([block for block in blocks if block.owner == self.plane.rank], pieces)
             hand_back(self.plane, blocks, results, local, self._dtype)
 
-    def _all_finite(self, values: Sequence[Tensor]) -> Tensor:
+    def _all_finite(self) -> Tensor:
         """Return 1 where no gradient on any rank of the plane is infinite or NaN, else NaN."""
-        norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in values]
+        slices = self._gradients.slices().values()
+        norms = [torch.linalg.vector_norm(one.values, dtype=torch.float32) for one in slices]
         total = torch.stack(norms).sum() if norms else torch.zeros((), device=self.plane.device)
         bad = (~total.isfinite()).float()
         self.plane.all_reduce(bad, op=dist.ReduceOp.MAX)
@@ -142,34 +138,40 @@ class Owners:
             outputs = block.rows // (shards if layer.cut == "out" else 1)
             self._sums[layer.name].ensure(inputs, outputs, self.plane.device)
 
+    def _biases(self, local: Mapping[int, tuple[int, Tensor]]) -> dict[int, list[Tensor]]:
+        """Bring the gradients of biases to their owners; fp32, converted together."""
+        assert self._dtype is not None
+        found = collect(self.plane, self._blocks, local, self._dtype, biases_only=True)
+        pieces = [piece for parts in found.values() for piece in parts]
+        if not pieces:
+            return found
+        wide = iter(torch.cat(pieces).float().split([piece.shape[0] for piece in pieces]))
+        return {index: [next(wide) for _ in parts] for index, parts in found.items()}
+
     def _vectors(
         self,
         block: Block,
         found: Mapping[str, Sequence[Tensor]],
         biases: Sequence[Tensor],
         loss_scale: float | None,
-        good: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """Return a block's vectors, of the whole block: (size,), or several as (r, size)."""
-        vectors: dict[str, Tensor] = {}
+    ) -> dict[str, list[Tensor]]:
+        """Return a block's vectors in pieces, one behind the other (size,); several as (r, size)."""
+        vectors: dict[str, list[Tensor]] = {}
         if "right" in self.bank.sides:
-            a = torch.cat(list(found["right"]), -1)
-            ones = a.new_ones(1) if self._rank == 1 else found["ones"][0]
-            vectors["right"] = torch.cat([a, ones], -1) if block.bias else a
+            ones = [self._one if self._rank == 1 else found["ones"][0]] if block.bias else []
+            vectors["right"] = [*found["right"], *ones]
         if "left" in self.bank.sides:
-            known = [part.float() for part in (biases if block.bias and self._rank == 1 else found["left"])]
+            known = biases if block.bias and self._rank == 1 else found["left"]
             if self._rank == 1:
                 g = in_rows(block, known)
             else:
                 g = torch.stack([in_rows(block, list(parts)) for parts in zip(*known, strict=True)])
-            vectors["left"] = g / (loss_scale or 1.0)
-        if good is not None:
-            vectors = {side: vector * good for side, vector in vectors.items()}
+            vectors["left"] = [g if loss_scale is None else g / loss_scale]
         return vectors
 
     def _apply(
         self, blocks: Sequence[Block], pieces: Mapping[int, Sequence[Tensor]]
-    ) -> dict[int, list[Tensor]]:
+    ) -> dict[int, Sequence[Tensor]]:
         """Return the preconditioned pieces of this rank's blocks of a round."""
         assert self._dtype is not None
         made = {
@@ -181,14 +183,20 @@ class Owners:
         plain = [block for block in blocks if block.layer.compact is None]
         names = [block.name for block in plain]
         sums = self.bank.precondition(names, [made[block.index] for block in plain])
-        self._sums_now |= dict(zip(names, sums, strict=True))
+        self._sums_now.append((names, sums))
         for block in blocks:
             compact = block.layer.compact
             if compact is not None:
-                made[block.index], self._sums_now[block.name] = self.bank.precondition_sparse(
+                made[block.index], sums = self.bank.precondition_sparse(
                     block.name, made[block.index], partial(_masked, compact)
                 )
-        return {block.index: take_apart(block, *made[block.index], self._dtype) for block in blocks}
+                self._sums_now.append(([block.name], sums[None]))
+        return {
+            block.index: pieces[block.index]  # overwritten in place
+            if block.as_stored
+            else take_apart(block, *made[block.index], self._dtype)
+            for block in blocks
+        }
 
     def measure(self, *, applied: bool) -> dict[str, float]:
         """Return what the latest step did, over all ranks; collective over them.
@@ -197,8 +205,8 @@ class Owners:
             applied: whether the optimizer took the step.
         """
         zero = torch.zeros((), dtype=torch.float64, device=self.plane.device)
-        cosines = torch.stack([_cosine(sums) for sums in self._sums_now.values()] or [zero])
-        known = cosines.isfinite() & (len(self._sums_now) > 0)
+        _, cosines = self._cosines()
+        known = cosines.isfinite()
         bank = self.bank
         counts = (bank.hits, bank.left_out, bank.resets)
         sums = torch.stack(
@@ -214,15 +222,16 @@ class Owners:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        changed, cosine, hits, left_out, resets, sent = sums.tolist()
+        # read once, after the optimizer's step
+        changed, cosine, hits, left_out, resets, sent, largest, error = torch.cat([sums, most]).tolist()
         return {
             "layers_changed": changed,
             "cosine": cosine / changed if changed else 1.0,
             "stabilizer_hits": hits,
             "updates_left_out": left_out,
             "factors_reset": resets,
-            "largest_entry": float(most[0]),
-            "truncation_error": float(most[1]),
+            "largest_entry": largest,
+            "truncation_error": error,
             "bytes_sent": sent,
             "update_applied": float(applied),
         }
@@ -231,8 +240,22 @@ class Owners:
         """Return this rank's blocks whose factors have taken an update, with the cosine of G and product."""
         taken = self.bank.taken.view(-1, len(self.bank.sides)).amin(1).tolist() if len(self.bank) else []
         updated = {name for name, count in zip(self.bank, taken, strict=True) if count}
-        cosines = {name: float(_cosine(sums)) for name, sums in self._sums_now.items()}
-        return {name: value for name, value in cosines.items() if name in updated and math.isfinite(value)}
+        names, cosines = self._cosines()
+        return {
+            name: value
+            for name, value in zip(names, cosines.tolist(), strict=True)
+            if name in updated and math.isfinite(value)
+        }
+
+    def _cosines(self) -> tuple[list[str], Tensor]:
+        """Return this rank's blocks, and the cosine of G and product of each in the latest step.
+
+        NaN where one of them is 0 or not finite.
+        """
+        names = [name for some, _ in self._sums_now for name in some]
+        none = torch.zeros(0, 3, dtype=torch.float64, device=self.plane.device)
+        sums = torch.cat([none, *(found.to(none.device) for _, found in self._sums_now)])
+        return names, sums[:, 2] / (sums[:, 0].sqrt() * sums[:, 1].sqrt())
 
     def report(self) -> dict[str, float]:
         """Return what this rank's factors are like by block and side: largest entry, condition, hits.
@@ -257,8 +280,3 @@ class Owners:
 def _masked(compact: CompactWeight, dense: Tensor) -> Tensor:
     """Return a matrix with zeros outside of a sparse weight's pattern."""
     return compact.dense_weight(compact.compress(dense))
-
-
-def _cosine(sums: Tensor) -> Tensor:
-    """Return the cosine between a gradient and its product; NaN where one of them is 0 or not finite."""
-    return sums[2] / (sums[0].sqrt() * sums[1].sqrt())

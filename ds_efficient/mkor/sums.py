@@ -8,6 +8,8 @@ that passes that train nothing, and the second pass of recomputed activations, d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -48,29 +50,15 @@ class LayerSums(RowSums):
     ) -> None:
         super().__init__(module, inputs=inputs, outputs=outputs, wanted=lambda: collecting.on, sketch=sketch)
 
-    def packet(self, side: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return what is sent of one side's vector or vectors.
-
-        Args:
-            side: "right" for the sums of input rows, "left" for the sums of output gradients.
-            dtype: of the vectors.
-
-        Returns:
-            (2,) fp32: the weight (rows) and the scale; with a sketch of r vectors (2 + r,), the sums of signs
-            behind them. And the vectors divided by the scale, flat, of `dtype`.
-        """
+    def vector(self, side: str) -> Tensor:
+        """Return the sums of one side: "right" for the input rows, "left" for the output gradients."""
         found = self._inputs if side == "right" else self._outputs
         assert found is not None
-        total, rows = found.float(), self.rows
-        ones = total[:0]
-        if self._sketch is not None:
-            total, ones = total[:, :-1].flatten(), total[:, -1]
-            rows = self.rows if side == "right" else self.output_rows
-        scale = total.abs().amax()
-        # an infinite entry stays one, and says so at the owner
-        safe = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
-        header = torch.stack([torch.full_like(safe, float(rows)), safe])
-        return torch.cat([header, ones]), (total / safe).to(dtype)
+        return found
+
+    def count(self, side: str) -> int:
+        """Return the rows of one side as they are weighed."""
+        return self.output_rows if self._sketch is not None and side == "left" else self.rows
 
     def ensure(self, inputs: int, outputs: int, device: torch.device) -> None:
         """Take zeros where no backward pass reached the layer, so that every rank has something to send."""
@@ -83,3 +71,30 @@ class LayerSums(RowSums):
             self._inputs = nothing(inputs)
         if self._outputs is None and self._sums_outputs:
             self._outputs = nothing(outputs)
+
+
+def packets(layers: Sequence[LayerSums], side: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return what is sent of one side's vector or vectors of layers of one size.
+
+    Args:
+        layers: at least one.
+        side: "right" for the sums of input rows, "left" for the sums of output gradients.
+        dtype: of the vectors.
+
+    Returns:
+        (layers, 2) fp32: the weight (rows) and the scale; with a sketch of r vectors (layers, 2 + r), the
+        sums of signs behind them. And the vectors divided by the scale, flat, of `dtype`.
+    """
+    total = torch.stack([one.vector(side) for one in layers]).float()
+    ones = total[:, :0]
+    if total.dim() == 3:
+        total, ones = total[..., :-1].flatten(1), total[..., -1]
+    scale = total.abs().amax(1, keepdim=True)
+    # an infinite entry stays one, and says so at the owner
+    safe = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+    counts = [one.count(side) for one in layers]
+    if len(set(counts)) == 1:
+        rows = torch.full_like(safe, float(counts[0]))
+    else:  # filled, not copied: a copy from the host would wait for the device
+        rows = torch.stack([torch.full_like(safe[0], float(count)) for count in counts])
+    return torch.cat([rows, safe, ones], 1), (total / safe).to(dtype).view(-1)

@@ -255,6 +255,8 @@ class FactoredFactors:
             self._groups.append(group)
             for place, index in enumerate(members):
                 self._places[index] = (group, place)
+        # made once: the memory stays
+        self._operands = [group.operand[place] for group, place in self._places]
         self._stale: set[int] = set()
 
     def __len__(self) -> int:
@@ -308,11 +310,11 @@ class FactoredFactors:
 
     def operand(self, index: int) -> Tensor:
         """Return W (d, k) with ``M = a (I - W W^T)``, up to `damping`; made when first asked for."""
-        group, place = self._places[index]
+        group, _ = self._places[index]
         if id(group) in self._stale:
             group.refresh()
             self._stale.discard(id(group))
-        return group.operand[place]
+        return self._operands[index]
 
     def times(self, index: int, x: Tensor) -> Tensor:
         """Return ``M x`` for x (d, n), in x's type."""

@@ -16,9 +16,10 @@ first.
 Products are made in float32 for float32 gradients and on the CPU; for half gradients on a GPU by tensor cores
 in the gradient's own type with float32 sums. Their error is at most some 2^-8 (bfloat16) or 2^-11 (float16)
 of ``|M_L| |M_R| |G|`` in spectral norms, the order of what rounding G to that type has cost already. Of
-layers of equal shapes everything is a batched product, but for those that read or write a gradient too large
-to be copied: these are taken one after another, so that the memory beside the gradients is some operands and
-a few products, of 2^26 elements together.
+layers of equal shapes everything is a batched product. Gradients too large to be copied are one stack where
+they lie at equal distances in memory, as in the flat buffers of ZeRO; elsewhere the products that read or
+write them are made one after another. The memory beside the gradients is some operands and a few products, of
+2^26 elements together.
 
 The norms, the scalar product of P and G, the decision and the scaling of weight and bias together are two
 launches for up to 80 tensors (``csrc/mkor/mkor_rescale.cu``). Nothing waits for the device.
@@ -26,14 +27,17 @@ launches for up to 80 tensors (``csrc/mkor/mkor_rescale.cu``). Nothing waits for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_efficient.errors import UserError
 from ds_efficient.ops import mkor_operators as operators
+from ds_efficient.ops.mkor_stacks import in_place, stacked
+from ds_efficient.ops.mkor_stacks import stack as stack_of
 from ds_efficient.ops.native import is_plain
 
 __all__ = ["DTYPES", "LowRank", "operations", "precondition_", "rescale_"]
@@ -62,19 +66,25 @@ Stack = Tensor | list[Tensor]
 """(n, rows, columns), or the layers' matrices one by one where they are too large to be copied."""
 
 
-@dataclass
-class _Layer:
+class _Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     left: Factor
     right: Factor
 
     def kind(self) -> tuple[object, ...]:
-        """Layers of the same kind are multiplied together."""
-        shapes = [
-            None if f is None else (type(f), _of(f).shape, _of(f).dtype) for f in (self.left, self.right)
-        ]
-        return (self.weight.shape, self.weight.dtype, self.bias is not None, *shapes)
+        """Layers of the same kind fit, or do not, for the same reason, and are multiplied together."""
+        found: list[object] = []
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                found += (tensor.shape, tensor.dtype, tensor.is_contiguous(), tensor.device)
+        for factor in (self.left, self.right):
+            if factor is not None:
+                tensor = _of(factor)
+                found += (type(factor), tensor.shape, tensor.dtype, tensor.device)
+            else:
+                found.append(None)
+        return tuple(found)
 
 
 def _of(factor: Tensor | LowRank) -> Tensor:
@@ -110,42 +120,49 @@ def precondition_(
         OpBuildError: the kernels are needed and cannot be built.
     """
     layers = [_Layer(*layer) for layer in zip(weights, biases, lefts, rights, strict=True)]
+    kinds: dict[tuple[object, ...], list[int]] = {}
     for index, layer in enumerate(layers):
-        _check(index, layer)
+        kind = layer.kind()
+        if kind not in kinds:
+            _check(index, layer)
+            kinds[kind] = []
+        kinds[kind].append(index)
     if not layers:
         return torch.empty(0, 3, dtype=torch.float64)
     rows: list[Tensor] = [weights[0]] * len(layers)
-    for members in _batches(layers):
+    for members in _batches(layers, kinds.values()):
         chosen = [layers[index] for index in members]
-        products, column, subtract = _products(chosen)
-        columns = [None] * len(chosen) if column is None else column.unbind()
+        products, columns, subtract = _products(chosen)
         elements = chosen[0].weight.numel()
         most = max(1, _WAITING // elements) if elements > _SMALL else len(chosen)
         found: list[Tensor] = []
-        waiting: list[tuple[_Layer, Tensor, Tensor | None]] = []
-        for one in zip(chosen, products, columns, strict=True):
-            waiting.append(one)
-            if len(waiting) == most or len(found) + len(waiting) == len(chosen):
-                found += _replace(waiting, subtract, backend)
-                waiting.clear()
+        for first in range(0, len(chosen), most):
+            span = slice(first, first + most)
+            found += _replace(chosen[span], products(span), columns and columns[span], subtract, backend)
         for index, row in zip(members, found, strict=True):
             rows[index] = row
     return torch.stack(rows)
 
 
 def _replace(
-    made: Sequence[tuple[_Layer, Tensor, Tensor | None]], subtract: bool, backend: str
-) -> list[Tensor]:
-    """Overwrite the gradients of layers with weight's and bias's products; return their sums."""
-    gradients, products, counts = [], [], []
-    for layer, product, last in made:
-        gradients.append(layer.weight)
-        products.append(product)
-        if layer.bias is not None and last is not None:
-            gradients.append(layer.bias)
-            products.append(last[:, 0])
-        counts.append(1 + (layer.bias is not None))
-    return list(rescale_(gradients, products, counts, subtract=subtract, backend=backend))
+    layers: Sequence[_Layer],
+    products: Sequence[Tensor],
+    columns: Sequence[Tensor] | None,
+    subtract: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Overwrite the gradients of layers with weights' and biases' products; return their sums."""
+    if columns is None:
+        gradients = [layer.weight for layer in layers]
+        made = list(products)
+    else:
+        gradients, made = [], []
+        for layer, product, column in zip(layers, products, columns, strict=True):
+            assert layer.bias is not None
+            gradients += (layer.weight, layer.bias)
+            made += (product, column)
+    counts = [1 if columns is None else 2] * len(layers)
+    return rescale_(gradients, made, counts, subtract=subtract, backend=backend).unbind()
 
 
 def rescale_(
@@ -212,7 +229,7 @@ def _check(index: int, layer: _Layer) -> None:
         if factor is None:
             continue
         found = _of(factor)
-        fits = found.dim() == 2 and len(found) == size and found.device == weight.device
+        fits = found.dim() == 2 and found.shape[0] == size and found.device == weight.device
         if not fits or (not isinstance(factor, LowRank) and found.shape[1] != size):
             raise UserError(
                 f"{name}[{index}] has shape {tuple(found.shape)} on {found.device}; expected a matrix "
@@ -220,36 +237,22 @@ def _check(index: int, layer: _Layer) -> None:
             )
 
 
-def _batches(layers: Sequence[_Layer]) -> list[list[int]]:
+def _batches(layers: Sequence[_Layer], kinds: Iterable[list[int]]) -> list[list[int]]:
     """Layers of one kind whose operands are stacked; of large ones with dense factors each alone."""
     batches: list[list[int]] = []
-    open_batches: dict[tuple[object, ...], list[int]] = {}
-    for index, layer in enumerate(layers):
-        elements = layer.weight.numel()
+    for members in kinds:
+        first = layers[members[0]]
+        elements, alone = first.weight.numel(), False
         if elements > _SMALL:
-            ranks = [f.operand.shape[1] for f in (layer.left, layer.right) if isinstance(f, LowRank)]
-            elements = sum(layer.weight.shape) * sum(ranks)  # beside the product
-            alone = any(isinstance(factor, Tensor) for factor in (layer.left, layer.right))
-        else:
-            alone = False
-        if alone or layer.weight.device.type != "cuda":
-            batches.append([index])
-            continue
-        kind = layer.kind()
-        batch = open_batches.get(kind)
-        if batch is None or (len(batch) + 1) * elements > _TOGETHER:
-            batch = open_batches[kind] = []
-            batches.append(batch)
-        batch.append(index)
+            factors = (first.left, first.right)
+            ranks = [factor.operand.shape[1] for factor in factors if isinstance(factor, LowRank)]
+            elements = sum(first.weight.shape) * sum(ranks)  # beside the product
+            alone = any(isinstance(factor, Tensor) for factor in factors)
+        most = 1 if alone else max(1, _TOGETHER // max(1, elements))
+        if most > 1 and type(first.weight) is Tensor:  # neighbours in memory together
+            members = sorted(members, key=lambda index: layers[index].weight.data_ptr())
+        batches += [members[at : at + most] for at in range(0, len(members), most)]
     return batches
-
-
-def _stacked(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """One tensor with a first dimension for the layers; None for None."""
-    present = [tensor.to(dtype) for tensor in tensors if tensor is not None]
-    if not present:
-        return None
-    return present[0][None] if len(present) == 1 else torch.stack(present)
 
 
 def _multiply(a: Stack, b: Stack, out: Tensor) -> Tensor:
@@ -261,49 +264,64 @@ def _multiply(a: Stack, b: Stack, out: Tensor) -> Tensor:
     return out
 
 
-def _products(layers: Sequence[_Layer]) -> tuple[Iterable[Tensor], Tensor | None, bool]:
+def _products(
+    layers: Sequence[_Layer],
+) -> tuple[Callable[[slice], Sequence[Tensor]], Sequence[Tensor] | None, bool]:
     """``M_L G M_R`` of layers of one kind, or what is subtracted from G to give it.
 
     Returns:
-        The weights' products, each made when it is asked for where layers are large; the biases' (n, out, 1);
-        and whether they are to be subtracted.
+        What gives the weights' products of some of the layers, made when it is called where they are large;
+        the biases' (out,); and whether they are to be subtracted.
     """
     first = layers[0]
     half_on_gpu = first.weight.device.type == "cuda" and first.weight.dtype != torch.float32
     dtype = first.weight.dtype if half_on_gpu else torch.float32
-    weights = [layer.weight.to(dtype) for layer in layers]
-    c = _stacked([None if layer.bias is None else layer.bias[:, None] for layer in layers], dtype)
+    c = stacked([layer.bias for layer in layers], dtype)
+    c = None if c is None else c[..., None]
     left, right = first.left, first.right
+    g: Stack
+    together = in_place([layer.weight for layer in layers])
+    if together is not None:
+        g = together.to(dtype)
+    else:
+        g = [layer.weight.to(dtype) for layer in layers]
+        if first.weight.numel() <= _SMALL:
+            g = torch.stack(g)
     if left is None and right is None:
-        return weights, c, False
+        return list(g).__getitem__, _columns(c), False
     u, w = (
-        _stacked([f.operand if isinstance(f, LowRank) else None for f in side], dtype)
+        stacked([f.operand if isinstance(f, LowRank) else None for f in side], dtype)
         for side in ([layer.left for layer in layers], [layer.right for layer in layers])
     )
     columns = first.weight.shape[1]
-    stack = len(layers) == 1 or first.weight.numel() <= _SMALL
     if not isinstance(left, Tensor) and not isinstance(right, Tensor):
-        outer, inner = _difference(_stack(weights) if stack else weights, c, u, w)
+        outer, inner = _difference(g, c, u, w)
         last = None if c is None else torch.bmm(outer, inner[..., columns:])
         body = inner[..., :columns]
-        if stack:
-            return torch.bmm(outer, body).unbind(), last, True
-        return (torch.mm(a, b) for a, b in zip(outer, body, strict=True)), last, True
-    g = _stack(weights)
+
+        def made(span: slice) -> Sequence[Tensor]:
+            if isinstance(g, Tensor):
+                return torch.bmm(outer[span], body[span]).unbind()
+            return [torch.mm(a, b) for a, b in zip(outer[span], body[span], strict=True)]
+
+        return made, _columns(last), True
+    whole = g if isinstance(g, Tensor) else stack_of(g)
     if w is not None:
-        g, c = _subtracted(g, c, *_difference(g, c, None, w))
+        whole, c = _subtracted(whole, c, *_difference(whole, c, None, w))
     elif isinstance(right, Tensor):
-        g, c = _right_dense(g, c, [layer.right for layer in layers if isinstance(layer.right, Tensor)])
+        factors = [layer.right for layer in layers if isinstance(layer.right, Tensor)]
+        whole, c = _right_dense(whole, c, factors)
     if u is not None:
-        g, c = _subtracted(g, c, *_difference(g, c, u, None))
+        whole, c = _subtracted(whole, c, *_difference(whole, c, u, None))
     elif isinstance(left, Tensor):
-        m = _stack([layer.left.to(dtype) for layer in layers if isinstance(layer.left, Tensor)])
-        g, c = torch.bmm(m, g), None if c is None else torch.bmm(m, c)
-    return g.unbind(), c, False
+        m = stack_of([layer.left for layer in layers if isinstance(layer.left, Tensor)]).to(dtype)
+        whole, c = torch.bmm(m, whole), None if c is None else torch.bmm(m, c)
+    parts = whole.unbind()
+    return parts.__getitem__, _columns(c), False
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+def _columns(c: Tensor | None) -> Sequence[Tensor] | None:
+    return None if c is None else c[..., 0].unbind()
 
 
 def _subtracted(g: Tensor, c: Tensor | None, outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -345,7 +363,7 @@ def _right_dense(g: Tensor, c: Tensor | None, factors: Sequence[Tensor]) -> tupl
     size, columns = len(factors[0]), g.shape[2]
     padded = -(-size // _ALIGNED) * _ALIGNED
     if size == padded and c is None:
-        return torch.bmm(g, _stack([factor.to(g.dtype) for factor in factors])), None
+        return torch.bmm(g, stack_of([factor.to(g.dtype) for factor in factors])), None
     m = g.new_zeros(len(g), padded, padded)
     for made, factor in zip(m, factors, strict=True):
         made[:size, :size] = factor

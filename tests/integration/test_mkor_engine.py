@@ -222,3 +222,11 @@ def test_a_gradient_that_is_not_finite_leaves_factors_alone(ranks: Ranks) -> Non
 def test_layers_without_statistics_stop_the_run(ranks: Ranks) -> None:
     (message,) = ranks(1).run("mkor_ranks:idle")
     assert "mkor: 1 of 4 linear layers, 0 of this rank's 1 preconditioned" in message
+
+
+@pytest.mark.parametrize("size", (1, 2))
+def test_a_step_does_not_make_the_host_wait(ranks: Ranks, size: int) -> None:
+    cases = [{"form": "factored", "max_rank": 4}, {"sides": "right", "statistics_rank": 2}]
+    for found in ranks(size).run("mkor_ranks:steps_without_waiting", cases):
+        for calls in found:
+            assert calls[True] > calls[False] > 0

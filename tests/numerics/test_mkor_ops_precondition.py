@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mkor_factors import Factors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_efficient.core.keys import Key
 from ds_efficient.errors import OpBuildError, UserError
-from ds_efficient.ops import keyed_random
+from ds_efficient.ops import keyed_random, mkor_precondition
 from ds_efficient.ops.mkor_factored import FactoredFactors, damping
 from ds_efficient.ops.mkor_precondition import LowRank, operations, precondition_, rescale_
 
@@ -126,6 +127,71 @@ def test_products_given_as_differences():
     sums = rescale_([made], [p], [1], subtract=True)
     wanted = rescale_([expected], [g.float() - p.float()], [1])
     assert torch.equal(made, expected) and torch.equal(sums, wanted)
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def layers_in(layout: str, number: int) -> tuple[list, list]:
+    """Gradients of equal layers one behind the other in a buffer, from the last to the first, or anywhere."""
+    made = [split(gradient(torch.float32, True, seed), True) for seed in range(number)]
+    if layout == "apart":
+        return [weight for weight, _ in made], [bias for _, bias in made]
+    flat = torch.cat([torch.cat([weight.flatten(), bias]) for weight, bias in made])
+    pairs = [piece.split([OUT * IN, OUT]) for piece in flat.split(OUT * IN + OUT)]
+    if layout == "reversed":
+        for (weight, bias), (w, b) in zip(made, reversed(pairs), strict=True):
+            w.copy_(weight.flatten())
+            b.copy_(bias)
+        pairs = pairs[::-1]
+    return [weight.view(OUT, IN) for weight, _ in pairs], [bias for _, bias in pairs]
+
+
+@pytest.mark.parametrize("layout", ("flat", "reversed", "apart"))
+@pytest.mark.parametrize("large", (False, True))
+def test_equal_layers_together_are_those_one_by_one(monkeypatch, layout, large):
+    factors = FactoredFactors([OUT, IN + 1] * 7, 5)
+    for step in range(8):
+        v = keyed_random.normal(Key(9).fold(step), (7 * (OUT + IN + 1),))
+        factors.update_(v, gamma=0.9, threshold=10.0, zeta=0.8)
+    operands = [LowRank(factors.operand(index)) for index in range(14)]
+    weights, biases = layers_in(layout, 7)
+    expected = [(weight.clone(), bias.clone()) for weight, bias in zip(weights, biases, strict=True)]
+    rows = [
+        precondition_([weight], [bias], operands[2 * index : 2 * index + 1], operands[2 * index + 1 :][:1])
+        for index, (weight, bias) in enumerate(expected)
+    ]
+    if large:  # three products at a time
+        monkeypatch.setattr(mkor_precondition, "_SMALL", 0)
+        monkeypatch.setattr(mkor_precondition, "_WAITING", 3 * OUT * IN)
+    sums = precondition_(weights, biases, operands[::2], operands[1::2])
+    torch.testing.assert_close(sums, torch.cat(rows), rtol=1e-6, atol=1e-6)
+    for weight, bias, (wanted, column) in zip(weights, biases, expected, strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(bias, column, rtol=1e-5, atol=1e-6)
+
+
+def test_in_a_flat_buffer_calls_do_not_grow_with_the_layers(monkeypatch):
+    monkeypatch.setattr(mkor_precondition, "_SMALL", 0)
+    counts = []
+    for number in (2, 12):
+        factors = FactoredFactors([OUT, IN + 1] * number, 5)
+        operands = [LowRank(factors.operand(index)) for index in range(2 * number)]
+        weights, biases = layers_in("flat", number)
+        with Calls() as calls:
+            precondition_(weights, biases, operands[::2], operands[1::2])
+        counts.append(len(calls.names))
+        assert calls.names.count("mm") == 0 and calls.names.count("bmm") == 6
+    assert counts[0] == counts[1]
 
 
 def test_operations_are_those_of_the_docstring():
