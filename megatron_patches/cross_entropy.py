@@ -20,13 +20,15 @@ def row_sums(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         local: (...) integers, the target's place in this part, outside of 0 .. V - 1 where it is another's.
 
     Returns:
-        Three tensors (...), float32; the last says nothing where the target is another part's.
+        Three tensors (...), float32; the last is 0 where the target is another part's. Where all logits are
+        minus infinity, m is the least finite number, so that the sum is 0.
     """
     numbers = logits.float()
-    most = numbers.amax(-1)
+    most = numbers.amax(-1).clamp_min(torch.finfo(torch.float32).min)
     total = torch.exp(numbers - most.unsqueeze(-1)).sum(-1)
-    place = local.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
-    return most, total, torch.gather(logits, -1, place).squeeze(-1).float() - most
+    place = local.clamp(0, logits.shape[-1] - 1)
+    picked = torch.gather(logits, -1, place.unsqueeze(-1)).squeeze(-1).float() - most
+    return most, total, torch.where(place == local, picked, 0.0)
 
 
 def gradient(logits: Tensor, local: Tensor, most: Tensor, log_sum: Tensor, upstream: Tensor) -> Tensor:
@@ -50,7 +52,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor) -> Any:
-    """Call with one dimension for all tokens, whose number may then change without another compilation."""
+    """Call with one dimension for all tokens: two compilations do for all numbers of them but one token.
+
+    Beyond its limit of compilations (8, for types and vocabularies), torch runs the function as it is.
+    """
     tokens = logits.shape[:-1]
     call = _compiled(function) if logits.is_cuda else function
     found = call(logits.flatten(0, -2), *(other.flatten() for other in others))
@@ -65,7 +70,8 @@ class _TokenLosses(torch.autograd.Function):
         ranks = torch.distributed.get_world_size(group)
         first = torch.distributed.get_rank(group) * logits.shape[-1]
         local = target - first
-        most, total, picked = _run(row_sums, logits, local)
+        whole = logits.detach()  # compiled alike with and without gradient
+        most, total, picked = _run(row_sums, whole, local)
         if ranks > 1:
             here = most
             most = most.clone()
@@ -95,7 +101,8 @@ def token_losses(logits: Tensor, target: Tensor, group: Any) -> Tensor:
 
     Args:
         logits: (S, B, V / ranks), this rank's equal share of the vocabulary.
-        target: (S, B) integers, token numbers in the whole vocabulary.
+        target: (S, B) integers, token numbers in the whole vocabulary; others are for tokens whose loss is
+            multiplied by 0, as with megatron-core's own losses: what they give is finite, and no more.
         group: the tensor-parallel ranks.
 
     Returns:

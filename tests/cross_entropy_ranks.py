@@ -20,6 +20,36 @@ def inputs(dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch
     return logits.to(dtype).to(device), target.to(device), weights.to(device)
 
 
+def unusual(ranks: int) -> dict[str, np.ndarray]:
+    """Return this rank's losses and gradient where the last half of the vocabulary is minus infinity.
+
+    One target is no token's number. The losses' gradient is one number for all, as that of a sum.
+    """
+    import megatron_ranks
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_patches.cross_entropy import token_losses
+
+    megatron_ranks.start(ranks)
+    group = parallel_state.get_tensor_model_parallel_group()
+    logits, target, _ = inputs(torch.float32)
+    logits[..., VOCABULARY // 2 :] = float("-inf")
+    target = target % (VOCABULARY // 2)
+    target[4, 2] = -100
+    part = logits.chunk(ranks, -1)[torch.distributed.get_rank(group)].contiguous()
+    found: dict[str, np.ndarray] = {}
+    for name in ("ours", "theirs"):
+        own = part.clone().requires_grad_()
+        if name == "ours":
+            each = token_losses(own, target, group)
+        else:
+            each = tensor_parallel.vocab_parallel_cross_entropy(own.clone(), target)
+        each.sum().backward()
+        assert own.grad is not None
+        found |= {f"{name} losses": each.detach().numpy(), f"{name} gradient": own.grad.numpy()}
+    return found
+
+
 def losses(ranks: int, dtype: str, megatrons: bool = False) -> dict[str, np.ndarray]:
     """Return this rank's losses and its part's gradient, by our function or megatron-core's plain one."""
     import megatron_ranks

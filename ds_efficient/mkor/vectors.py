@@ -82,6 +82,8 @@ def wanted_vectors(
 ) -> list[Vectors]:
     """Return what an update takes, in the order of exchange; those that are alike are handled together.
 
+    A vector's shards may lie in several of the results, in any order.
+
     Args:
         plane: the ranks.
         blocks: all of them, with owners.
@@ -143,7 +145,7 @@ def exchange_vectors(
     ]
     received = plane.swap(parts, [_bytes(one, dtype, even, _header(vectors)) for one in sizes], torch.uint8)
     readers = [_Reader(data, one, dtype, _header(vectors)) for data, one in zip(received, sizes, strict=True)]
-    found: dict[int, dict[str, list[Tensor]]] = {}
+    shards: dict[int, dict[str, dict[int, Tensor]]] = {}
     for alike, members in mine:
         heads, total = readers[alike.ranks[0]].next()
         for rank in alike.ranks[1:]:
@@ -151,11 +153,15 @@ def exchange_vectors(
             heads, total = heads + head, total + values
         made = _averaged(alike.side, heads, total, replicas, vectors)
         for side, each in made.items():
-            for (block, _), one in zip(members, each.unbind(), strict=True):
-                # shards of a vector come in order; every shard of the inputs has the same rows and signs
-                pieces = found.setdefault(block.index, {}).setdefault(side, [])
-                if side != "ones" or not pieces:
-                    pieces.append(one)
+            for (block, shard), one in zip(members, each.unbind(), strict=True):
+                shards.setdefault(block.index, {}).setdefault(side, {})[shard] = one
+    # in order: the ranks of a later shard may be those of a vector that was met before
+    found = {
+        index: {side: [pieces[shard] for shard in sorted(pieces)] for side, pieces in by_side.items()}
+        for index, by_side in shards.items()
+    }
+    for by_side in found.values():  # every shard of the inputs has the same rows and signs
+        del by_side.get("ones", [])[1:]
     return found
 
 

@@ -18,8 +18,8 @@ in the gradient's own type with float32 sums. Their error is at most some 2^-8 (
 of ``|M_L| |M_R| |G|`` in spectral norms, the order of what rounding G to that type has cost already. Of
 layers of equal shapes everything is a batched product. Gradients too large to be copied are one stack where
 they lie at equal distances in memory, as in the flat buffers of ZeRO; elsewhere the products that read or
-write them are made one after another. The memory beside the gradients is some operands and a few products, of
-2^26 elements together.
+write them are made one after another. The memory beside the gradients is some operands, a few products, of
+2^26 elements together, and where gradients are converted copies of 2^24, or of one larger gradient.
 
 The norms, the scalar product of P and G, the decision and the scaling of weight and bias together are two
 launches for up to 80 tensors (``csrc/mkor/mkor_rescale.cu``). Nothing waits for the device.
@@ -242,17 +242,26 @@ def _batches(layers: Sequence[_Layer], kinds: Iterable[list[int]]) -> list[list[
     batches: list[list[int]] = []
     for members in kinds:
         first = layers[members[0]]
-        elements, alone = first.weight.numel(), False
-        if elements > _SMALL:
+        dense = [factor.numel() for factor in (first.left, first.right) if isinstance(factor, Tensor)]
+        elements, alone = max(first.weight.numel(), *dense, 0), False
+        if first.weight.numel() > _SMALL:
             factors = (first.left, first.right)
             ranks = [factor.operand.shape[1] for factor in factors if isinstance(factor, LowRank)]
             elements = sum(first.weight.shape) * sum(ranks)  # beside the product
-            alone = any(isinstance(factor, Tensor) for factor in factors)
+            if first.weight.dtype != _product_type(first.weight):
+                elements += first.weight.numel()  # of the copies
+            alone = bool(dense)
         most = 1 if alone else max(1, _TOGETHER // max(1, elements))
-        if most > 1 and type(first.weight) is Tensor:  # neighbours in memory together
-            members = sorted(members, key=lambda index: layers[index].weight.data_ptr())
-        batches += [members[at : at + most] for at in range(0, len(members), most)]
+        for at in range(0, len(members), most):  # by number: which layers go together depends on no address
+            batch = members[at : at + most]
+            if len(batch) > 1 and type(first.weight) is Tensor:  # in the order of memory
+                batch.sort(key=lambda index: layers[index].weight.data_ptr())
+            batches.append(batch)
     return batches
+
+
+def _product_type(gradient: Tensor) -> torch.dtype:
+    return gradient.dtype if gradient.device.type == "cuda" else torch.float32
 
 
 def _multiply(a: Stack, b: Stack, out: Tensor) -> Tensor:
@@ -274,8 +283,7 @@ def _products(
         the biases' (out,); and whether they are to be subtracted.
     """
     first = layers[0]
-    half_on_gpu = first.weight.device.type == "cuda" and first.weight.dtype != torch.float32
-    dtype = first.weight.dtype if half_on_gpu else torch.float32
+    dtype = _product_type(first.weight)
     c = stacked([layer.bias for layer in layers], dtype)
     c = None if c is None else c[..., None]
     left, right = first.left, first.right

@@ -49,6 +49,15 @@ def test_as_megatron_cores_own_plain_loss(ranks: Ranks) -> None:
         np.testing.assert_allclose(mine["gradient"], reference["gradient"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", (1, 2))
+def test_a_part_of_minus_infinities_and_a_target_that_is_no_token(ranks: Ranks, count: int) -> None:
+    for found in ranks(count).run("cross_entropy_ranks:unusual", count):
+        assert np.isfinite(found["ours losses"]).all() and np.isfinite(found["ours gradient"]).all()
+        np.testing.assert_allclose(found["ours losses"], found["theirs losses"], rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(found["ours gradient"], found["theirs gradient"], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("function", ("row_sums", "gradient"))
 def test_torch_compiles_both_passes_whole(function: str) -> None:
     logits, target, weights = cross_entropy_ranks.inputs(torch.bfloat16)

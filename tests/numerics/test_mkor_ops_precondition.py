@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -192,6 +193,24 @@ def test_in_a_flat_buffer_calls_do_not_grow_with_the_layers(monkeypatch):
         counts.append(len(calls.names))
         assert calls.names.count("mm") == 0 and calls.names.count("bmm") == 6
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("case", ("converted gradients", "dense factors of narrow layers"))
+def test_what_is_copied_for_layers_together_is_bounded(monkeypatch, case):
+    """On the CPU half gradients are converted; a factor may be larger than the gradient that it is for."""
+    if case == "converted gradients":
+        monkeypatch.setattr(mkor_precondition, "_SMALL", 0)
+        weights = [gradient(torch.bfloat16, False, seed) for seed in range(7)]
+        factors = [factor("low", size, torch.float32)[0] for size in (OUT, IN)]
+        room = 3 * (OUT * IN + (OUT + IN) * 7 * 2)
+    else:
+        weights = [gradient(torch.float32, False, seed)[:2] for seed in range(7)]
+        factors = [None, factor("dense", IN, torch.float32)[0]]
+        room = 3 * IN * IN
+    monkeypatch.setattr(mkor_precondition, "_TOGETHER", room)
+    with mock.patch.object(mkor_precondition, "_products", wraps=mkor_precondition._products) as made:
+        precondition_(weights, [None] * 7, factors[:1] * 7, factors[1:] * 7)
+    assert [len(call.args[0]) for call in made.call_args_list] == [3, 3, 1]
 
 
 def test_operations_are_those_of_the_docstring():
