@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MARKER = "_ds_efficient_fused"
+from megatron_patches.replacing import is_replaced, replace
+
+_LOSS = "fused_vocab_parallel_cross_entropy"  # of megatron-core's language_module
 
 
 def row_sums(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,14 +122,11 @@ def fuse_cross_entropy() -> bool:
     """
     from megatron.core.models.common.language_module import language_module
 
-    original = language_module.fused_vocab_parallel_cross_entropy
-    if getattr(original, _MARKER, False):
+    if is_replaced(language_module, _LOSS):
         return False
 
-    @functools.wraps(original)
     def fused(vocab_parallel_logits: Tensor, target: Tensor, tp_group: Any) -> Tensor:
         return token_losses(vocab_parallel_logits, target, tp_group)
 
-    setattr(fused, _MARKER, True)
-    language_module.fused_vocab_parallel_cross_entropy = fused
+    replace(language_module, _LOSS, fused)
     return True

@@ -13,10 +13,11 @@ from ds_efficient.errors import OpBuildError
 from ds_efficient.ops.random_ltd import gather_rotary, gather_tokens
 from ds_efficient.ops.rotary import rotary_embedding
 from ds_efficient.ops.rotary_native import DTYPES, Library
+from megatron_patches.replacing import is_replaced, replace
 
 logger = logging.getLogger(__name__)
 
-_MARKER = "_ds_efficient_fused"
+_ROTARY = "_apply_rotary_pos_emb_bshd"  # of megatron-core's rope_utils
 _KEPT = "_ds_efficient_kept"
 
 
@@ -51,12 +52,11 @@ def fuse_rotary_embedding() -> bool:
     """
     from megatron.core.models.common.embeddings import rope_utils
 
-    original = rope_utils._apply_rotary_pos_emb_bshd
-    if getattr(original, _MARKER, False):
+    if is_replaced(rope_utils, _ROTARY):
         return False
+    original = rope_utils._apply_rotary_pos_emb_bshd
     compiled = torch.compile(rotate, dynamic=False)
 
-    @functools.wraps(original)
     def fused(t: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept = getattr(freqs, _KEPT, None)
         mscale = kwargs.get("mscale", 1.0)
@@ -71,8 +71,7 @@ def fuse_rotary_embedding() -> bool:
             return rotary_embedding(t, freqs, mscale=mscale)
         return compiled(t, freqs, mscale)
 
-    setattr(fused, _MARKER, True)
-    rope_utils._apply_rotary_pos_emb_bshd = fused
+    replace(rope_utils, _ROTARY, fused)
     return True
 
 
@@ -80,7 +79,7 @@ def rotary_is_fused() -> bool:
     """Whether `fuse_rotary_embedding` is in force, which alone understands `at_kept`."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    return getattr(rope_utils._apply_rotary_pos_emb_bshd, _MARKER, False)
+    return is_replaced(rope_utils, _ROTARY)
 
 
 def at_kept(angles: Tensor, index: Tensor) -> Tensor | None:

@@ -36,8 +36,7 @@ from torch import Tensor
 
 from ds_efficient.errors import UserError
 from ds_efficient.ops import mkor_operators as operators
-from ds_efficient.ops.mkor_stacks import in_place, stacked
-from ds_efficient.ops.mkor_stacks import stack as stack_of
+from ds_efficient.ops.mkor_stacks import in_place, stack, stacked
 from ds_efficient.ops.native import is_plain
 
 __all__ = ["DTYPES", "LowRank", "operations", "precondition_", "rescale_"]
@@ -242,10 +241,10 @@ def _batches(layers: Sequence[_Layer], kinds: Iterable[list[int]]) -> list[list[
     batches: list[list[int]] = []
     for members in kinds:
         first = layers[members[0]]
-        dense = [factor.numel() for factor in (first.left, first.right) if isinstance(factor, Tensor)]
-        elements, alone = max(first.weight.numel(), *dense, 0), False
+        factors = (first.left, first.right)
+        dense = [factor.numel() for factor in factors if isinstance(factor, Tensor)]
+        elements, alone = max([first.weight.numel(), *dense]), False
         if first.weight.numel() > _SMALL:
-            factors = (first.left, first.right)
             ranks = [factor.operand.shape[1] for factor in factors if isinstance(factor, LowRank)]
             elements = sum(first.weight.shape) * sum(ranks)  # beside the product
             if first.weight.dtype != _product_type(first.weight):
@@ -313,7 +312,7 @@ def _products(
             return [torch.mm(a, b) for a, b in zip(outer[span], body[span], strict=True)]
 
         return made, _columns(last), True
-    whole = g if isinstance(g, Tensor) else stack_of(g)
+    whole = g if isinstance(g, Tensor) else stack(g)
     if w is not None:
         whole, c = _subtracted(whole, c, *_difference(whole, c, None, w))
     elif isinstance(right, Tensor):
@@ -322,7 +321,7 @@ def _products(
     if u is not None:
         whole, c = _subtracted(whole, c, *_difference(whole, c, u, None))
     elif isinstance(left, Tensor):
-        m = stack_of([layer.left for layer in layers if isinstance(layer.left, Tensor)]).to(dtype)
+        m = stack([layer.left for layer in layers if isinstance(layer.left, Tensor)]).to(dtype)
         whole, c = torch.bmm(m, whole), None if c is None else torch.bmm(m, c)
     parts = whole.unbind()
     return parts.__getitem__, _columns(c), False
@@ -371,7 +370,7 @@ def _right_dense(g: Tensor, c: Tensor | None, factors: Sequence[Tensor]) -> tupl
     size, columns = len(factors[0]), g.shape[2]
     padded = -(-size // _ALIGNED) * _ALIGNED
     if size == padded and c is None:
-        return torch.bmm(g, stack_of([factor.to(g.dtype) for factor in factors])), None
+        return torch.bmm(g, stack([factor.to(g.dtype) for factor in factors])), None
     m = g.new_zeros(len(g), padded, padded)
     for made, factor in zip(m, factors, strict=True):
         made[:size, :size] = factor

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import benchmark, copy_rate, medians_in_turns
+from measuring import ROOT, benchmark, copy_rate, medians_in_turns
 from torch import Tensor, distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_patches.cross_entropy import token_losses  # noqa: E402
+from megatron_patches.cross_entropy import token_losses
 
 TOKENS, VOCABULARY = (2048, 8), 50304
 
